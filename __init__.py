@@ -1,0 +1,10 @@
+"""Concept Surgery: erase a concept from the model that is loaded, inside the graph."""
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():
+    """Called by ComfyUI when it loads the pack. Nothing of the host is imported before."""
+    from .nodes import ConceptSurgeryExtension
+
+    return ConceptSurgeryExtension()

@@ -1,0 +1,26 @@
+"""Concept erasure for text-to-image diffusion models: the science, free of any host."""
+
+from .engine import Finished, Progress, erase
+from .erasure import Erasure, ErasureFileError
+from .report import report_text
+from .settings import KINDS, PRESETS, EraseSettings, SettingsError, preset_settings
+from .states import PredictionError
+from .subspace import SubspaceError
+from .trainer import TrainingError
+
+__all__ = [
+    "KINDS",
+    "PRESETS",
+    "EraseSettings",
+    "Erasure",
+    "ErasureFileError",
+    "Finished",
+    "PredictionError",
+    "Progress",
+    "SettingsError",
+    "SubspaceError",
+    "TrainingError",
+    "erase",
+    "preset_settings",
+    "report_text",
+]

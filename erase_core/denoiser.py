@@ -1,0 +1,120 @@
+"""What the engine needs from a host's model, and how a low-rank edit rides on its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import lcm
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LowRankEdit:
+    """The weight changes ``dW = B R^T`` of the trained matrices.
+
+    Attributes:
+        basis: R, (width, rank), orthonormal columns, shared by all matrices.
+        factors: B by matrix name, each (out, rank).
+    """
+
+    basis: Tensor
+    factors: Mapping[str, Tensor]
+
+
+class Denoiser(Protocol):
+    """The model as the engine sees it. A host adapter fulfils this; nothing else is asked of it.
+
+    Latents are in the model's own scale (after the host's latent format), sigma is the noise
+    level in the host's units, and predictions are x0 in float32, as hosts return them.
+
+    Attributes:
+        family: name of the architecture family, for example "SD1.x".
+        base: "name" and "fingerprint" of the unpatched model, for the record.
+        device: where predictions run.
+    """
+
+    family: str
+    base: Mapping[str, Any]
+    device: torch.device
+
+    def encode(self, prompts: Sequence[str], together: bool = False) -> list[Tensor]:
+        """Token embeddings of each prompt, (tokens, width) float32 on the CPU.
+
+        Prompts are encoded one by one, exactly as the host will when it samples;
+        ``together`` allows batches, whose rounding may differ in the last digits.
+        """
+
+    def latent_shape(self, resolution: int) -> tuple[int, ...]:
+        """(channels, height, width) of the latent of a square picture of that many pixels."""
+
+    def sigmas(self, steps: int) -> Tensor:
+        """A sampling schedule: ``steps + 1`` falling noise levels, the last one 0."""
+
+    def noisy_latent(self, noise: Tensor, sigma: Tensor) -> Tensor:
+        """The starting latent (n, c, h, w): pure noise scaled to ``sigma`` (scalar)."""
+
+    def predict_x0(
+        self, x: Tensor, sigma: Tensor, tokens: Tensor, edit: LowRankEdit | None = None
+    ) -> Tensor:
+        """x0 under the prompts: x (n, c, h, w), sigma (n,), tokens (n, length, width).
+
+        Differentiable in the factors of ``edit``; without an edit it is the original model.
+        """
+
+    def matrices(self) -> Mapping[str, Tensor]:
+        """The matrices that read token embeddings, (out, width), by their kohya LoRA name."""
+
+
+class LowRankSidePath:
+    """Lets linear layers add ``(x R) B^T`` to their output while an edit is active.
+
+    A side path costs ``2 tokens width rank`` multiplications more per matrix; forming
+    ``W + B R^T`` instead would build a gradient as large as every trained matrix at each step.
+
+    Args:
+        modules: the layers, by the matrix name that an edit uses.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._edit: LowRankEdit | None = None
+        self._handles = [
+            module.register_forward_hook(self._hook(name)) for name, module in modules.items()
+        ]
+
+    @contextmanager
+    def active(self, edit: LowRankEdit | None) -> Iterator[None]:
+        """Apply ``edit`` to every forward inside the block."""
+        previous, self._edit = self._edit, edit
+        try:
+            yield
+        finally:
+            self._edit = previous
+
+    def remove(self) -> None:
+        """Take the hooks off the layers."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str):
+        def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if self._edit is None:
+                return None
+            basis, factor = self._edit.basis, self._edit.factors[name]
+            projected = inputs[0].to(basis.dtype) @ basis
+            return output + (projected @ factor.T).to(output.dtype)
+
+        return add
+
+
+def stack_tokens(prompts: Sequence[Tensor]) -> Tensor:
+    """One batch (n, length, width) of prompts (tokens, width) that may differ in length.
+
+    Shorter ones are repeated up to the least common multiple, as the hosts do: attention over a
+    key set in which every key occurs equally often is attention over the set itself.
+    """
+    length = lcm(*(tokens.shape[0] for tokens in prompts))
+    return torch.stack([tokens.repeat(length // tokens.shape[0], 1) for tokens in prompts])

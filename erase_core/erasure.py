@@ -1,0 +1,122 @@
+"""The artefact: B, R and the record of how they were made; saved as a LoRA that loads anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from . import formats
+from .denoiser import LowRankEdit
+
+
+class ErasureFileError(ValueError):
+    """A file that is not an erasure, or is damaged."""
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """A finished erasure.
+
+    Attributes:
+        basis: R, (width, rank) float32.
+        factors: B by kohya LoRA name, each (out, rank) float32.
+        record: what it is and how it was made, plain JSON values.
+    """
+
+    basis: Tensor
+    factors: Mapping[str, Tensor]
+    record: Mapping[str, Any]
+
+    @classmethod
+    def from_edit(cls, edit: LowRankEdit, record: Mapping[str, Any]) -> Erasure:
+        """An erasure from a trained edit, moved to the CPU."""
+        factors = {name: b.detach().float().cpu().clone() for name, b in edit.factors.items()}
+        return cls(edit.basis.float().cpu().clone(), factors, record)
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of the trained values: what makes two erasures the same."""
+        digest = hashlib.sha256(self.basis.numpy().tobytes())
+        for name in sorted(self.factors):
+            digest.update(name.encode())
+            digest.update(self.factors[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def concept(self) -> str:
+        """What it erases."""
+        return str(self.record.get("settings", {}).get("concept", "?"))
+
+    @property
+    def rank(self) -> int:
+        """Columns of R."""
+        return self.basis.shape[1]
+
+    def delta(self, name: str) -> Tensor:
+        """``dW = B R^T`` of one matrix, (out, width)."""
+        return self.factors[name] @ self.basis.T
+
+    def edit(self, device: torch.device | str = "cpu") -> LowRankEdit:
+        """The erasure as an edit that a denoiser can run with."""
+        factors = {name: b.to(device) for name, b in self.factors.items()}
+        return LowRankEdit(self.basis.to(device), factors)
+
+    def save(self, path: Path) -> None:
+        """Write the erasure as a LoRA file under kohya names, float32.
+
+        Raises:
+            ErasureFileError: the folder can't be written; nothing is left behind.
+        """
+        tensors = formats.kohya_tensors(self.basis, self.factors)
+        try:
+            formats.write_safetensors(path, tensors, formats.metadata(self.record, tensors))
+        except OSError as error:
+            raise ErasureFileError(
+                f"The erasure can't be written to {str(path)!r}: {error.strerror or error}. "
+                "Check that the folder exists, is not read-only and has space left."
+            ) from error
+
+    @classmethod
+    def load(cls, path: Path) -> Erasure:
+        """Read an erasure.
+
+        Raises:
+            ErasureFileError: no such file, a damaged one, or one that is no erasure.
+        """
+        if not path.is_file():
+            raise ErasureFileError(f"There is no erasure at {str(path)!r}.")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ErasureFileError(
+                f"{path.name} can't be read as safetensors ({error}). The file is damaged or was "
+                "not copied whole; get it again."
+            ) from error
+        return cls._from_file(path.name, tensors, metadata)
+
+    @classmethod
+    def _from_file(
+        cls, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> Erasure:
+        if formats.RECORD_KEY not in metadata:
+            raise ErasureFileError(
+                f"{name} is not an erasure made by Concept Surgery: it has no record. If it is an "
+                "ordinary LoRA, use the host's own LoRA loader."
+            )
+        try:
+            record = json.loads(metadata[formats.RECORD_KEY])
+            basis, factors = formats.read_kohya_tensors(tensors)
+        except ValueError as error:
+            raise ErasureFileError(f"{name} is damaged: {error} Get the file again.") from error
+        return cls(basis, factors, record)

@@ -1,0 +1,106 @@
+"""Names and layouts that other tools read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+RECORD_KEY = "concept_surgery"
+DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
+
+# Forge matches these strings exactly when it sorts LoRAs by base model.
+ARCHITECTURES = {"SD1.x": "stable-diffusion-v1/lora"}
+KOHYA_BASES = {"SD1.x": "sd_v1"}
+
+
+def kohya_tensors(basis: Tensor, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``dW = B R^T`` as a kohya LoRA: up = B, down = R^T, alpha = rank.
+
+    Every matrix gets its own copy of R^T, since that is what readers of the format expect.
+    """
+    tensors = {}
+    for name, factor in factors.items():
+        tensors[name + DOWN] = basis.T.contiguous().clone()
+        tensors[name + UP] = factor.contiguous()
+        tensors[name + ALPHA] = torch.tensor(float(basis.shape[1]))
+    return tensors
+
+
+def read_kohya_tensors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """R and the factors B from the tensors of a file.
+
+    Raises:
+        ValueError: a tensor is missing, misshapen or not finite, or R differs between matrices.
+    """
+    names = [key[: -len(UP)] for key in tensors if key.endswith(UP)]
+    expected = {name + suffix for name in names for suffix in (DOWN, UP, ALPHA)}
+    if not names or expected != set(tensors):
+        odd = sorted(expected.symmetric_difference(tensors))[:3]
+        raise ValueError(f"its tensors are not those of an erasure (for example {odd}).")
+    basis = tensors[names[0] + DOWN].float().T.contiguous()
+    factors = {}
+    for name in names:
+        up, down = tensors[name + UP].float(), tensors[name + DOWN].float()
+        if down.shape != basis.T.shape or not torch.equal(down, basis.T):
+            raise ValueError(f"the basis of {name} differs from the others'.")
+        if up.ndim != 2 or up.shape[1] != basis.shape[1] or not torch.isfinite(up).all():
+            raise ValueError(f"the values of {name} have a wrong shape or are not finite.")
+        factors[name] = up
+    return basis, factors
+
+
+def metadata(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """File metadata: our record, ModelSpec 1.0.1, and the kohya keys that managers show."""
+    settings = record["settings"]
+    instead = settings["alternative"] or "nothing"
+    title = f"Erase {settings['concept']} (replaced by {instead})"
+    return {
+        RECORD_KEY: json.dumps(record, sort_keys=True),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": ARCHITECTURES.get(record["family"], record["family"]),
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title,
+        "modelspec.description": (
+            f"Concept erasure. Removes {settings['concept']!r}; apply at strength 1."
+        ),
+        "modelspec.resolution": f"{settings['resolution']}x{settings['resolution']}",
+        "modelspec.date": record["created"],
+        "modelspec.hash_sha256": f"0x{tensor_hash(tensors)}",
+        "ss_output_name": title,
+        "ss_base_model_version": KOHYA_BASES.get(record["family"], record["family"]),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(record["rank"]),
+        "ss_network_alpha": str(record["rank"]),
+    }
+
+
+def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], info: dict[str, str]) -> None:
+    """Write to a temporary name beside ``path``, then rename: never a half-written file.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.touch()
+    try:
+        save_file(tensors, temporary, metadata=info)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,116 @@
+"""The guidance term, its surgical target and the losses. Pure functions of predictions.
+
+Notation of the README: ``x`` a noisy latent, ``c`` a prompt, ``0`` the null prompt, ``e`` a prompt
+with the concept, ``a`` its alternative, ``*`` the untouched model, ``theta`` the edited one. A
+sampler uses ``eps(x,0) + w g(c)`` with the guidance term ``g(c) = eps(x,c) - eps(x,0)``. All But One
+(Hong, Lee, Woo, AAAI 2024) changes ``g(e)`` only and holds ``eps(x,0)``; the exact form of its
+losses is not public, ours is stated at :func:`surgery_loss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SIGMA_FLOOR = 0.02
+NULL_SCORES = ("frozen", "student", "detached")
+
+
+def guidance_term(x0_null: Tensor, x0_prompt: Tensor, sigma: Tensor) -> Tensor:
+    """``g(c) = eps(x,c) - eps(x,0)`` from two x0 predictions at the same latent.
+
+    ``eps = (x - x0) / sigma``, so the difference is formed first and ``x`` cancels. For flow
+    models the same quotient is the velocity.
+
+    Args:
+        x0_null, x0_prompt: (n, c, h, w).
+        sigma: (n,) noise levels, clamped at 0.02 against the rounding of nearly equal x0.
+    """
+    return (x0_null - x0_prompt) / _per_image(sigma.clamp(min=SIGMA_FLOOR), x0_null)
+
+
+def surgical_target(g_erased: Tensor, g_alternative: Tensor, eta: float = 0.0) -> Tensor:
+    """``G = g*(a) + eta (g*(a) - g*(e))``, what the guidance term of ``e`` must become.
+
+    ``eta = 0`` is replacement; with ``a`` the null prompt, ``eta > 0`` is ESD's negative guidance.
+    A sampler given ``e`` as *negative* prompt then moves towards it, ``+(w - 1) eta g*(e)``:
+    with eta > 0 a negative prompt that names the concept draws it.
+    """
+    if eta == 0.0:
+        return g_alternative
+    return g_alternative + eta * (g_alternative - g_erased)
+
+
+def weighted_error(difference: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean over the batch of ``w |difference|^2`` per element; weight (n,) or None for 1."""
+    squared = difference.square().flatten(1).mean(dim=1)
+    return (squared if weight is None else squared * weight).mean()
+
+
+def surgery_loss(
+    guidance: Tensor,
+    target: Tensor,
+    *,
+    drift: Tensor | None = None,
+    drift_weight: float = 0.0,
+    kept_drifts: Sequence[Tensor] = (),
+    keep_weight: float = 0.0,
+    null_score: str = "frozen",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """The loss of the edit: move the guidance term of ``e``, hold everything that must stay.
+
+    ``w ( |eps_th(e) - eps_0 - G|^2 + lambda |eps_th(0) - eps*(0)|^2
+    + mu sum_k |eps_th(k) - eps*(k)|^2 )``
+
+    ``eps_0`` is the frozen unconditional score by default, so that the first term can't be
+    lowered by moving the unconditional score. In the hard form ``eps_th(0) = eps*(0)`` holds by
+    construction: no drift term, no keep term, and all three choices of ``null_score`` coincide.
+
+    Every argument is a difference from a frozen score, in which ``x`` has cancelled:
+
+    Args:
+        guidance: ``eps_theta(x, e) - eps*(x, 0)``, (n, c, h, w).
+        target: ``G``, same shape.
+        drift: ``eps_theta(x, 0) - eps*(x, 0)``, same shape.
+        drift_weight: lambda.
+        kept_drifts: ``eps_theta(x, k) - eps*(x, k)`` of each kept prompt.
+        keep_weight: mu.
+        null_score: which ``eps_0`` stands in the first term: "frozen", "student" or "detached".
+        weight: w(sigma), (n,); None for 1.
+
+    Raises:
+        ValueError: an unknown ``null_score``, or a term without the drift that it needs.
+    """
+    if null_score not in NULL_SCORES:
+        raise ValueError(f"null_score must be one of {NULL_SCORES}, not {null_score!r}.")
+    if drift is None and (drift_weight or null_score != "frozen"):
+        raise ValueError("The drift term and a student's null score need the drift.")
+    if null_score == "student":
+        guidance = guidance - drift
+    elif null_score == "detached":
+        guidance = guidance - drift.detach()
+    loss = weighted_error(guidance - target, weight)
+    if drift_weight:
+        loss = loss + drift_weight * weighted_error(drift, weight)
+    if keep_weight:
+        for kept in kept_drifts:
+            loss = loss + keep_weight * weighted_error(kept, weight)
+    return loss
+
+
+def moved(g_student: Tensor, g_original: Tensor, target: Tensor) -> float:
+    """How far the guidance went: ``1 - sum |g_th - G|^2 / sum |g* - G|^2``; 1 is all the way.
+
+    Returns 0 when there was nowhere to go.
+    """
+    distance = (g_original - target).double().square().sum()
+    if distance == 0:
+        return 0.0
+    return float(1 - (g_student - target).double().square().sum() / distance)
+
+
+def _per_image(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (like.ndim - 1)).to(device=like.device, dtype=torch.float32)

@@ -1,0 +1,181 @@
+"""The numbers of the report: how far the guidance moved, and what else moved with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser, LowRankEdit, stack_tokens
+from .guidance import guidance_term, moved, surgical_target
+from .states import EncodedPair, Sampling, States, check_finite, euler_step
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How far the guidance term of the erased prompts went, 1 being all the way.
+
+    Attributes:
+        overall: over all states.
+        high, middle, low: over the third of the states with the highest noise, and so on.
+        erased_change: ``|eps_th(e) - eps*(e)| / |eps*(e)|``, the yardstick for every drift.
+    """
+
+    overall: float
+    high: float
+    middle: float
+    low: float
+    erased_change: float
+
+
+class CountedDenoiser:
+    """A denoiser that counts what it is asked for, in forward-equivalents per image.
+
+    A prediction is 1; one whose gradient is wanted is 3, since a backward costs two forwards.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self._denoiser = denoiser
+        self.forward_equivalents = 0
+
+    def __getattr__(self, name: str):
+        return getattr(self._denoiser, name)
+
+    def predict_x0(
+        self, x: Tensor, sigma: Tensor, tokens: Tensor, edit: LowRankEdit | None = None
+    ) -> Tensor:
+        """As the denoiser's own, and counted."""
+        backward = edit is not None and torch.is_grad_enabled()
+        self.forward_equivalents += x.shape[0] * (3 if backward else 1)
+        return self._denoiser.predict_x0(x, sigma, tokens, edit)
+
+
+def movement_on(
+    denoiser: Denoiser,
+    pairs: Sequence[EncodedPair],
+    states: States,
+    edit: LowRankEdit,
+    eta: float,
+    batch: int,
+) -> Iterator[int]:
+    """Evaluate the edited model on frozen states (a generator; returns a :class:`Movement`)."""
+    students = []
+    for part in torch.arange(len(states)).split(batch):
+        tokens = [pairs[i].erased for i in states.pair[part].tolist()]
+        x0 = _predict(denoiser, states.x[part], states.sigma[part], tokens, edit)
+        students.append(guidance_term(states.x0_null[part], x0, states.sigma[part]))
+        yield len(part)
+    return summarise(torch.cat(students), states, eta)
+
+
+def movement_sampled(
+    denoiser: Denoiser,
+    null: Tensor,
+    pairs: Sequence[EncodedPair],
+    chosen: Sequence[int],
+    noise: Tensor,
+    sampling: Sampling,
+    edit: LowRankEdit,
+    eta: float,
+) -> Iterator[int]:
+    """Sample with the edited model and see how far its guidance moved where *it* goes.
+
+    The null score of the hard form is the original's, so one evaluation serves both. A generator;
+    yields images evaluated, returns a :class:`Movement`.
+    """
+    count = len(chosen)
+    erased = [pairs[i].erased for i in chosen]
+    frozen_tokens = [null] * count + erased + [pairs[i].alternative for i in chosen]
+    x = denoiser.noisy_latent(noise.to(denoiser.device), sampling.sigmas[0]).cpu()
+    parts, students = [], []
+    for sigma, sigma_next in zip(sampling.sigmas[:-1], sampling.sigmas[1:], strict=True):
+        levels = sigma.repeat(count).cpu()
+        frozen = _predict(denoiser, x.repeat(3, 1, 1, 1), levels.repeat(3), frozen_tokens)
+        student = _predict(denoiser, x, levels, erased, edit)
+        check_finite(student, float(sigma))
+        x0_null, x0_erased, x0_alternative = frozen.chunk(3)
+        students.append(guidance_term(x0_null, student, levels))
+        parts.append(
+            States(
+                x=x,
+                sigma=levels,
+                x0_null=x0_null,
+                g_erased=guidance_term(x0_null, x0_erased, levels),
+                g_alternative=guidance_term(x0_null, x0_alternative, levels),
+                pair=torch.tensor(chosen),
+            )
+        )
+        x = euler_step(x, x0_null, student, sigma, sigma_next, sampling.guidance_scale)
+        yield 4 * count
+    return summarise(torch.cat(students), States.join(parts), eta)
+
+
+def summarise(student: Tensor, states: States, eta: float) -> Movement:
+    """:class:`Movement` of the student's guidance (n, c, h, w) at the states."""
+    target = surgical_target(states.g_erased, states.g_alternative, eta)
+    thirds = [
+        moved(student[part], states.g_erased[part], target[part])
+        for part in states.sigma.argsort(descending=True, stable=True).tensor_split(3)
+    ]
+    eps_erased = (states.x - states.x0_null) / states.sigma.view(-1, 1, 1, 1) + states.g_erased
+    change = (student - states.g_erased).norm() / eps_erased.norm()
+    return Movement(moved(student, states.g_erased, target), *thirds, float(change))
+
+
+def prompt_drift(
+    denoiser: Denoiser,
+    prompts: Sequence[Tensor],
+    states: States,
+    edit: LowRankEdit,
+    batch: int,
+) -> Iterator[int]:
+    """Relative change of the prediction, ``|eps_th - eps*| / |eps*|``, of each prompt.
+
+    Every prompt is tried at every state. A generator; yields images evaluated, returns a list
+    with one figure a prompt.
+    """
+    changes = []
+    for tokens in prompts:
+        difference = total = 0.0
+        for part in torch.arange(len(states)).split(batch):
+            x, sigma = states.x[part], states.sigma[part]
+            frozen = _predict(denoiser, x, sigma, [tokens] * len(part))
+            edited = _predict(denoiser, x, sigma, [tokens] * len(part), edit)
+            scale = sigma.view(-1, 1, 1, 1)
+            difference += float(((edited - frozen) / scale).double().square().sum())
+            total += float(((x - frozen) / scale).double().square().sum())
+            yield 2 * len(part)
+        changes.append((difference / total) ** 0.5)
+    return changes
+
+
+def key_value_drift(erasure: LowRankEdit, matrices: Mapping[str, Tensor], tokens: Tensor) -> float:
+    """Largest relative change of a prompt's keys or values, ``max_m |C dW^T| / |C W^T|``.
+
+    Args:
+        matrices: W by name, (out, width).
+        tokens: token embeddings C of the prompt, (tokens, width).
+    """
+    changes = []
+    for name, factor in erasure.factors.items():
+        before = tokens @ matrices[name].float().cpu().T
+        change = (tokens @ erasure.basis.cpu()) @ factor.cpu().T
+        changes.append(float(change.norm() / before.norm().clamp(min=1e-12)))
+    return max(changes)
+
+
+def _predict(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigma: Tensor,
+    tokens: Sequence[Tensor],
+    edit: LowRankEdit | None = None,
+) -> Tensor:
+    device = denoiser.device
+    with torch.no_grad():
+        x0 = denoiser.predict_x0(
+            x.to(device), sigma.to(device), stack_tokens(tokens).to(device), edit
+        )
+    return x0.cpu()

@@ -1,0 +1,156 @@
+"""The node that puts an erasure on a model."""
+
+from __future__ import annotations
+
+import comfy.lora
+from comfy_api.v0_0_2 import io
+
+from ..erase_core import Erasure
+from ..erase_core.fingerprint import fingerprint, same_fingerprint
+from ..erase_core.formats import kohya_tensors
+from ..erase_core.measure import key_value_drift
+from .host import base_fingerprint, encode_prompts, kohya_keys, original_weights
+from .messages import upstream_file, warn
+from .schema import CATEGORY, ErasureType, compatible
+
+ATTACHMENT = "concept_surgery_applied"
+STRONGEST = 5.0
+
+
+class ApplyError(ValueError):
+    """An erasure that doesn't fit the model."""
+
+
+class ApplyErasure(io.ComfyNode):
+    """MODEL and ERASURE in, patched MODEL out; the input model stays as it is."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs as the host shows them."""
+        return compatible(
+            io.Schema,
+            node_id="ConceptSurgeryApply",
+            display_name="Apply Erased UNet",
+            category=CATEGORY,
+            description=(
+                "Puts an erasure on a model, as a patch. Several can follow one another, in any "
+                "order and mixed with LoRAs. Strength 0 is the model as it came in."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The model of the loader (LoRAs are fine)."),
+                ErasureType.Input("erasure", tooltip="From Train Concept Erasure or Load Erasure."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-STRONGEST,
+                    max=STRONGEST,
+                    step=0.05,
+                    tooltip="1 erases as trained, 0 is the untouched model, above 1 pushes further,"
+                    " below 0 draws the concept more.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Connect to check that the erasure was made with this text encoder.",
+                ),
+            ],
+            outputs=[io.Model.Output("patched_model", display_name="MODEL")],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+        )
+
+    @classmethod
+    def execute(cls, model, erasure: Erasure, strength: float, clip=None) -> io.NodeOutput:
+        """Patch a clone of the model."""
+        patched = apply_erasure(model, erasure, strength)
+        name = upstream_file(cls.hidden.prompt, cls.hidden.unique_id, "model")
+        for warning in mismatches(model, erasure, clip, name):
+            warn(warning, cls.hidden.unique_id)
+        return io.NodeOutput(patched)
+
+
+def apply_erasure(model, erasure: Erasure, strength: float):
+    """A clone of the host's model with the erasure as a patch; at strength 0 without any patch.
+
+    The patch is made by the host's own LoRA code from the tensors that the file holds, so the
+    pictures are those of a stock LoRA loader.
+
+    Raises:
+        ApplyError: wrong strength, another architecture, or the erasure is already on the model.
+    """
+    if not -STRONGEST <= strength <= STRONGEST:
+        raise ApplyError(
+            f"strength must be between {-STRONGEST:g} and {STRONGEST:g}, not {strength!r}."
+        )
+    keys = _matching_keys(model, erasure)
+    applied = model.get_attachment(ATTACHMENT) or ()
+    if erasure.identity in applied:
+        raise ApplyError(
+            f"The erasure of {erasure.concept!r} is already on this model. Applying it twice would "
+            "push the model past where it was trained to go: connect the MODEL of the loader, or "
+            "raise the strength of the first one."
+        )
+    patched = model.clone()
+    if strength == 0:
+        return patched
+    patches = comfy.lora.load_lora(kohya_tensors(erasure.basis, erasure.factors), keys)
+    accepted = patched.add_patches(patches, strength)
+    if set(accepted) != set(keys.values()):
+        raise ApplyError(
+            f"The host took {len(accepted)} of {len(keys)} changes of the erasure of "
+            f"{erasure.concept!r}; refused: {_some(set(keys.values()) - set(accepted))}."
+        )
+    patched.set_attachments(ATTACHMENT, (*applied, erasure.identity))
+    return patched
+
+
+def mismatches(model, erasure: Erasure, clip, name: str) -> list[str]:
+    """Warnings when the erasure was made on another base or with another text encoder."""
+    warnings = []
+    base = erasure.record["base"]
+    if not same_fingerprint(base["fingerprint"], base_fingerprint(model)):
+        warnings.append(
+            f"The erasure of {erasure.concept!r} was made on {base['name'] or 'another model'}, "
+            f"this model is {name or 'a different one'}. It may erase less and change more."
+        )
+    if clip is not None:
+        null = encode_prompts(clip, [""])[0]
+        if not same_fingerprint(erasure.record["text_encoder"], fingerprint({"null": null})):
+            matrices = original_weights(model, _matching_keys(model, erasure))
+            drift = key_value_drift(erasure.edit(), matrices, null)
+            warnings.append(
+                f"The erasure of {erasure.concept!r} was made with another text encoder: with this "
+                f"one the null prompt moves by {drift:.2%}, so other pictures change too."
+            )
+    return warnings
+
+
+def _matching_keys(model, erasure: Erasure) -> dict[str, str]:
+    """Host key of every matrix of the erasure.
+
+    Raises:
+        ApplyError: matrices that the model doesn't have, or of another shape.
+    """
+    known = kohya_keys(model)
+    missing = [name for name in erasure.factors if name not in known]
+    if missing:
+        raise ApplyError(
+            f"The erasure of {erasure.concept!r} is for {erasure.record['family']} "
+            f"({erasure.record['base']['name'] or 'unnamed model'}); this model "
+            f"({type(model.model.model_config).__name__}) lacks {len(missing)} of its "
+            f"{len(erasure.factors)} matrices, for example {_some(missing)}. Load the kind of "
+            "model that it was made for."
+        )
+    keys = {name: known[name] for name in erasure.factors}
+    weights = original_weights(model, keys)
+    for name, factor in erasure.factors.items():
+        expected = (factor.shape[0], erasure.basis.shape[0])
+        if tuple(weights[name].shape) != expected:
+            raise ApplyError(
+                f"The erasure of {erasure.concept!r} has the shape {expected} at {name}, the "
+                f"model {tuple(weights[name].shape)}. Load the kind of model that it was made for."
+            )
+    return keys
+
+
+def _some(names) -> str:
+    return ", ".join(sorted(names)[:3])

@@ -1,0 +1,17 @@
+"""The list of nodes that ComfyUI registers."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import ComfyExtension, io
+
+from .apply import ApplyErasure
+from .files import LoadErasure, SaveErasure
+from .train import TrainErasure
+
+
+class ConceptSurgeryExtension(ComfyExtension):
+    """The pack's nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """All nodes of the pack."""
+        return [TrainErasure, ApplyErasure, SaveErasure, LoadErasure]

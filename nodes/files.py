@@ -1,0 +1,139 @@
+"""The nodes that write an erasure to the host's LoRA folder and read it back."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import folder_paths
+from comfy_api.v0_0_2 import io, ui
+
+from ..erase_core import Erasure, ErasureFileError
+from ..erase_core.report import report_text
+from .schema import CATEGORY, ErasureType, compatible
+
+FOLDER = "loras"
+SUFFIX = ".safetensors"
+
+
+class SaveErasure(io.ComfyNode):
+    """ERASURE to a file that this pack and every stock LoRA loader read."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs as the host shows them."""
+        return compatible(
+            io.Schema,
+            node_id="ConceptSurgerySave",
+            display_name="Save Erasure",
+            category=CATEGORY,
+            description=(
+                "Saves an erasure into models/loras. The file also works in the ordinary LoRA "
+                "loaders, at strength 1. Nothing is overwritten: a number is added."
+            ),
+            inputs=[
+                ErasureType.Input("erasure"),
+                io.String.Input(
+                    "filename",
+                    default="erased_concept",
+                    tooltip="Name of the file, without a folder.",
+                ),
+            ],
+            outputs=[io.String.Output("path", display_name="path")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, filename: str | None = None) -> bool | str:
+        """Refuse a bad name before anything is trained."""
+        try:
+            if filename is not None:
+                checked_name(filename)
+        except ErasureFileError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, erasure: Erasure, filename: str) -> io.NodeOutput:
+        """Write the file and show where it is."""
+        path = save_erasure(erasure, Path(folder_paths.get_folder_paths(FOLDER)[0]), filename)
+        return io.NodeOutput(str(path), ui=ui.PreviewText(f"Saved {path.name} in {path.parent}"))
+
+
+class LoadErasure(io.ComfyNode):
+    """A file from the host's LoRA folder to ERASURE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs as the host shows them."""
+        return compatible(
+            io.Schema,
+            node_id="ConceptSurgeryLoad",
+            display_name="Load Erasure",
+            category=CATEGORY,
+            description="Reads an erasure that was saved into models/loras.",
+            inputs=[
+                io.Combo.Input("filename", options=folder_paths.get_filename_list(FOLDER)),
+            ],
+            outputs=[
+                ErasureType.Output("erasure", display_name="ERASURE"),
+                io.String.Output("report", display_name="report"),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, filename: str) -> float:
+        """Read again when the file has changed."""
+        path = folder_paths.get_full_path(FOLDER, filename)
+        return Path(path).stat().st_mtime if path else 0.0
+
+    @classmethod
+    def execute(cls, filename: str) -> io.NodeOutput:
+        """Read and check the file."""
+        erasure = Erasure.load(Path(folder_paths.get_full_path_or_raise(FOLDER, filename)))
+        return io.NodeOutput(erasure, report_text(erasure.record))
+
+
+def save_erasure(erasure: Erasure, folder: Path, filename: str) -> Path:
+    """Write the erasure under a free name in ``folder``; the same one twice gives one file.
+
+    Raises:
+        ErasureFileError: a name with path parts, or a folder that can't be written.
+    """
+    stem = checked_name(filename)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ErasureFileError(
+            f"The folder {str(folder)!r} can't be made: {error.strerror}. Check its rights."
+        ) from error
+    path, number = folder / (stem + SUFFIX), 1
+    while path.exists():
+        if _holds(path, erasure):
+            return path
+        number += 1
+        path = folder / f"{stem}_{number}{SUFFIX}"
+    erasure.save(path)
+    return path
+
+
+def checked_name(filename: str) -> str:
+    """The file's name without its ending.
+
+    Raises:
+        ErasureFileError: an empty name, one with path parts, or one that some system forbids.
+    """
+    name = filename.strip().removesuffix(SUFFIX)
+    if not name or name.startswith(".") or re.search(r'[\\/:*?"<>|\x00-\x1f]', name):
+        raise ErasureFileError(
+            f"{filename!r} can't be a file name: give a name alone, without folders, not starting "
+            'with a dot and without any of \\ / : * ? " < > |. The file goes into models/loras.'
+        )
+    return name
+
+
+def _holds(path: Path, erasure: Erasure) -> bool:
+    try:
+        return Erasure.load(path).identity == erasure.identity
+    except ErasureFileError:
+        return False

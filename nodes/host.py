@@ -1,0 +1,256 @@
+"""ComfyUI's model as the engine's denoiser: the one file that knows the host's internals."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import comfy.lora
+import comfy.model_base
+import comfy.model_management
+import comfy.samplers
+import comfy.supported_models
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from torch import Tensor, nn
+
+from ..erase_core.denoiser import LowRankEdit, LowRankSidePath
+from ..erase_core.fingerprint import fingerprint
+
+FAMILIES = {comfy.supported_models.SD15: "SD1.x"}
+TRAINED_LAYERS = (".attn2.to_k.weight", ".attn2.to_v.weight")
+KOHYA_PREFIXES = ("lora_unet_down_blocks_", "lora_unet_mid_block_", "lora_unet_up_blocks_")
+
+# A training step keeps activations that inference frees; the host moves other models out of the
+# way for this many times what it would reserve for sampling.
+TRAINING_MEMORY_FACTOR = 3
+
+
+class UnsupportedModelError(ValueError):
+    """A model this version can't train on or apply to."""
+
+
+class ComfyDenoiser:
+    """The host's MODEL and CLIP, fulfilling :class:`erase_core.denoiser.Denoiser`.
+
+    The model's module is never touched: the denoiser runs a twin of it whose parameters lie over
+    the host's storage, so there is one copy of the weights. Use as a context manager, which loads
+    the model and lets everything go at the end.
+
+    Args:
+        model: the host's ModelPatcher, with whatever patches it carries.
+        clip: the host's CLIP.
+        base_name: name of the checkpoint, for the record.
+        images: most images per prediction, for the host's memory planning.
+        resolution: side of the pictures in pixels, likewise.
+
+    Raises:
+        UnsupportedModelError: another family, an inpainting model, no cross-attention.
+    """
+
+    def __init__(self, model, clip, base_name: str, images: int, resolution: int) -> None:
+        self.family = model_family(model)
+        self.base = {"name": base_name, "fingerprint": base_fingerprint(model)}
+        self._model, self._clip = model, clip
+        self._planned_shape = [images, *self.latent_shape(resolution)]
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> ComfyDenoiser:
+        memory = self._model.memory_required(self._planned_shape) * TRAINING_MEMORY_FACTOR
+        comfy.model_management.load_models_gpu([self._model], memory_required=memory)
+        self.device = self._model.load_device
+        self._stack.enter_context(_training_flag())
+        self._twin = twin_of(self._model)
+        self._modules = _trained_modules(self._model, self._twin)
+        self._side_path = LowRankSidePath(self._modules)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+        self._side_path.remove()
+        del self._twin, self._modules, self._side_path
+
+    def encode(self, prompts: Sequence[str], together: bool = False) -> list[Tensor]:
+        """See :class:`erase_core.denoiser.Denoiser`."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return encode_prompts(self._clip, prompts, together)
+
+    def latent_shape(self, resolution: int) -> tuple[int, ...]:
+        """See :class:`erase_core.denoiser.Denoiser`."""
+        return (self._model.model.latent_format.latent_channels, resolution // 8, resolution // 8)
+
+    def sigmas(self, steps: int) -> Tensor:
+        """See :class:`erase_core.denoiser.Denoiser`."""
+        sampling = self._model.get_model_object("model_sampling")
+        return comfy.samplers.calculate_sigmas(sampling, "normal", steps).clone()
+
+    def noisy_latent(self, noise: Tensor, sigma: Tensor) -> Tensor:
+        """See :class:`erase_core.denoiser.Denoiser`."""
+        sampling = self._model.get_model_object("model_sampling")
+        sigma = sigma.to(noise.device)
+        return sampling.noise_scaling(sigma, noise, torch.zeros_like(noise), max_denoise=True)
+
+    def predict_x0(
+        self, x: Tensor, sigma: Tensor, tokens: Tensor, edit: LowRankEdit | None = None
+    ) -> Tensor:
+        """See :class:`erase_core.denoiser.Denoiser`. Raises the host's interrupt."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        options = {"optimized_attention_override": _differentiable_attention}
+        with self._side_path.active(edit):
+            x0 = self._twin.apply_model(x, sigma, c_crossattn=tokens, transformer_options=options)
+        return x0.float()
+
+    def matrices(self) -> Mapping[str, Tensor]:
+        """See :class:`erase_core.denoiser.Denoiser`."""
+        return {name: module.weight.detach() for name, module in self._modules.items()}
+
+
+def model_family(model) -> str:
+    """Name of the model's family.
+
+    Raises:
+        UnsupportedModelError: a family, or a variant with other channels, that isn't supported.
+    """
+    inner = model.model
+    config = type(inner.model_config)
+    if config not in FAMILIES or type(inner) is not comfy.model_base.BaseModel:
+        raise UnsupportedModelError(
+            f"This model is of the family {config.__name__} ({type(inner).__name__}). Concept "
+            f"Surgery works on {', '.join(FAMILIES.values())} for now; load a checkpoint of that "
+            "family."
+        )
+    channels = inner.model_config.unet_config.get("in_channels", 4)
+    expected = inner.latent_format.latent_channels
+    if inner.concat_keys or channels != expected:
+        raise UnsupportedModelError(
+            f"This is an inpainting or otherwise conditioned model: it takes {channels} channels, "
+            f"a plain one takes {expected}. Train on the plain model of the same family; the "
+            "erasure file can then be applied to this one with a LoRA loader."
+        )
+    return FAMILIES[config]
+
+
+def kohya_keys(model) -> dict[str, str]:
+    """Host keys of the model's weights by every LoRA name that the host knows for them."""
+    return comfy.lora.model_lora_keys_unet(model.model, {})
+
+
+def original_weights(model, keys: Mapping[str, str]) -> dict[str, Tensor]:
+    """The unpatched weights behind host keys, by name; loaded patches are looked through."""
+    weights = model.model.state_dict()
+    return {
+        name: model.backup[key].weight if key in model.backup else weights[key]
+        for name, key in keys.items()
+    }
+
+
+def trained_keys(model) -> dict[str, str]:
+    """Host keys of the matrices that read the prompt, by kohya name.
+
+    Raises:
+        UnsupportedModelError: the rule matches nothing.
+    """
+    keys = {
+        name: key
+        for name, key in kohya_keys(model).items()
+        if name.startswith(KOHYA_PREFIXES) and key.endswith(TRAINED_LAYERS)
+    }
+    if not keys:
+        raise UnsupportedModelError(
+            "The model has no cross-attention whose layers end in "
+            f"{' or '.join(TRAINED_LAYERS)}, so there is nothing to train."
+        )
+    return keys
+
+
+def base_fingerprint(model) -> list[float]:
+    """Fingerprint of the unpatched matrices that an erasure changes."""
+    return fingerprint(original_weights(model, trained_keys(model)))
+
+
+def encode_prompts(clip, prompts: Sequence[str], together: bool = False) -> list[Tensor]:
+    """Token embeddings (tokens, width) of each prompt, float32 on the CPU.
+
+    The host encodes a long prompt as sections side by side in one batch; ``together`` uses that
+    for many prompts at once.
+    """
+    tokens = [clip.tokenize(prompt) for prompt in prompts]
+    if not together or len(prompts) < 2:
+        return [_encode_tokens(clip, one)[0] for one in tokens]
+    merged = {name: [section for one in tokens for section in one[name]] for name in tokens[0]}
+    rows = _encode_tokens(clip, merged)[0]
+    first = next(iter(merged))
+    length = rows.shape[0] // len(merged[first])
+    return list(rows.split([len(one[first]) * length for one in tokens]))
+
+
+def _encode_tokens(clip, tokens: Mapping[str, Any]) -> Tensor:
+    # The encoder's weights are inference tensors: run it as the host does, copy what comes out.
+    with torch.inference_mode():
+        rows = clip.encode_from_tokens(tokens)
+    return rows.float().cpu().clone()
+
+
+def twin_of(model) -> nn.Module:
+    """The model's network again, over the same storage, as normal tensors.
+
+    What a loader node made are inference tensors, which autograd refuses even when frozen, and
+    all clones of a MODEL share one module that must stay as it is. Must be called while the model
+    is loaded and outside inference mode.
+    """
+    base = model.model
+    network = base.diffusion_model
+    memo: dict[int, Any] = {}
+    for module in network.modules():
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            if tensor is not None and id(tensor) not in memo:
+                memo[id(tensor)] = _over_same_storage(tensor)
+        # Functions that patch streamed weights hold the host's patches; share, don't copy.
+        for function in [
+            *getattr(module, "weight_function", ()),
+            *getattr(module, "bias_function", ()),
+        ]:
+            memo[id(function)] = function
+    twin = copy.copy(base)
+    twin._modules = dict(base._modules)
+    twin.diffusion_model = copy.deepcopy(network, memo)
+    twin.model_sampling = model.get_model_object("model_sampling")
+    twin.current_patcher = None
+    return twin
+
+
+def _over_same_storage(tensor: Tensor) -> Tensor:
+    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(alias, requires_grad=False)
+    return alias
+
+
+def _trained_modules(model, twin: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: twin.get_submodule(key.removesuffix(".weight"))
+        for name, key in trained_keys(model).items()
+    }
+
+
+def _differentiable_attention(_chosen, *args: Any, **keywords: Any) -> Tensor:
+    """PyTorch's attention in place of whichever the host chose: some kernels have no backward."""
+    return attention_pytorch(*args, **keywords)
+
+
+@contextlib.contextmanager
+def _training_flag() -> Iterator[None]:
+    """Tell the host's layers that gradients are wanted, where the host has the flag."""
+    management = comfy.model_management
+    before = getattr(management, "in_training", None)
+    if before is None:
+        yield
+        return
+    management.in_training = True
+    try:
+        yield
+    finally:
+        management.in_training = before

@@ -1,0 +1,238 @@
+"""The node that trains an erasure on the model that is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.utils
+import torch
+from comfy_api.v0_0_2 import io
+
+from ..erase_core import KINDS, PRESETS, EraseSettings, Finished, erase, preset_settings
+from ..erase_core.prompts import prompt_pairs
+from ..erase_core.report import report_text
+from .host import ComfyDenoiser
+from .messages import show_progress_text, upstream_file
+from .schema import CATEGORY, ErasureType, compatible
+from .store import LanguageStore
+
+AS_PRESET = -1
+_ADVANCED = {"advanced": True, "optional": True}
+
+
+class TrainErasure(io.ComfyNode):
+    """Text in, ERASURE out. It returns no MODEL, so nothing can be applied twice by accident."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs as the host shows them."""
+        return compatible(
+            io.Schema,
+            node_id="ConceptSurgeryTrain",
+            display_name="Train Concept Erasure",
+            category=CATEGORY,
+            description=(
+                "Learns to stop drawing something, from words alone, on the model that is loaded. "
+                "The model itself is not changed: connect ERASURE to Apply Erased UNet."
+            ),
+            search_aliases=["erase concept", "unlearn", "remove concept", "ESD", "LECO", "UCE"],
+            inputs=[*_main_inputs(), *_advanced_inputs()],
+            outputs=[
+                ErasureType.Output("erasure", display_name="ERASURE"),
+                io.Custom("LOSS_MAP").Output("losses", display_name="losses"),
+                io.String.Output("report", display_name="report"),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+        )
+
+    @classmethod
+    def validate_inputs(cls, **widgets: Any) -> bool | str:
+        """Refuse what can't work before anything runs. Linked values are checked when they come."""
+        if any(value is None for value in widgets.values()) or "erase" not in widgets:
+            return True
+        try:
+            prompt_pairs(settings_from_widgets(widgets))
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, model, clip, **widgets: Any) -> io.NodeOutput:
+        """Train, with the host's progress bar and cancel button."""
+        if clip is None:
+            raise ValueError(
+                "No CLIP is connected (the checkpoint has none). Concepts are words: connect the "
+                "CLIP of a checkpoint loader or of a CLIP loader."
+            )
+        settings = settings_from_widgets(widgets)
+        # The host runs nodes in inference mode, where nothing can be trained.
+        with torch.inference_mode(False), torch.enable_grad():
+            finished = cls._train(model, clip, settings)
+        record = finished.erasure.record
+        losses = [*finished.losses, 1 - record["measures"]["moved_held_out"]["overall"]]
+        return io.NodeOutput(finished.erasure, {"loss": losses}, report_text(record))
+
+    @classmethod
+    def _train(cls, model, clip, settings: EraseSettings) -> Finished:
+        name = upstream_file(cls.hidden.prompt, cls.hidden.unique_id, "model")
+        images = 3 * settings.batch
+        with ComfyDenoiser(model, clip, name, images, settings.resolution) as denoiser:
+            bar = None
+            for event in erase(settings, denoiser, LanguageStore()):
+                if isinstance(event, Finished):
+                    return event
+                bar = bar or comfy.utils.ProgressBar(event.total)
+                bar.update_absolute(event.done, event.total)
+                show_progress_text(event.stage, event.loss, cls.hidden.unique_id)
+        raise RuntimeError("The run ended without a result.")
+
+
+def settings_from_widgets(widgets: Mapping[str, Any]) -> EraseSettings:
+    """The engine's settings from the node's widgets; -1 leaves a value to the preset.
+
+    Raises:
+        SettingsError: a value that can't work.
+    """
+    numbers = {
+        name: None if widgets.get(name, AS_PRESET) == AS_PRESET else widgets[name]
+        for name in (
+            "steps",
+            "rank",
+            "learning_rate",
+            "protection",
+            "batch",
+            "trajectories",
+            "captions",
+        )
+    }
+    return preset_settings(
+        widgets.get("preset", "balanced"),
+        concept=widgets["erase"],
+        alternative=widgets.get("replace_with", ""),
+        keep=widgets.get("keep", ""),
+        negative_prompts=widgets.get("negative_prompts", ""),
+        kind=widgets.get("kind", KINDS[0]),
+        seed=widgets.get("training_seed", 0),
+        eta=widgets.get("eta", 0.0),
+        resolution=widgets.get("resolution", 512),
+        **numbers,
+    )
+
+
+def _main_inputs() -> list[Any]:
+    return [
+        io.Model.Input("model", tooltip="The model to learn on. It is not changed."),
+        io.Clip.Input("clip", tooltip="The text encoder that you also use for your prompts."),
+        io.String.Input(
+            "erase",
+            default="",
+            tooltip="What the model must stop drawing, for example: cat. For a style, its name.",
+        ),
+        io.String.Input(
+            "replace_with",
+            default="",
+            tooltip="What to draw instead, for example: dog. Empty: the rest of the prompt alone.",
+        ),
+        io.String.Input(
+            "keep",
+            multiline=True,
+            default="",
+            tooltip=(
+                "Prompts whose pictures must not change at all, one a line, most important first. "
+                "A handful stays exact; the report says which. Short prompts leave more room."
+            ),
+        ),
+        io.String.Input(
+            "negative_prompts",
+            multiline=True,
+            default="",
+            tooltip="Negative prompts you use, one a line. They stay exact, like the empty one.",
+        ),
+        io.Combo.Input(
+            "kind",
+            options=list(KINDS),
+            default=KINDS[0],
+            tooltip="Whether it is a thing or a style: decides the phrases it is learned from.",
+        ),
+        io.Combo.Input(
+            "preset",
+            options=list(PRESETS),
+            default="balanced",
+            tooltip="balanced: about a minute on a mid-range card. thorough: three times as long.",
+        ),
+        io.Int.Input(
+            "training_seed",
+            default=0,
+            min=0,
+            max=2**64 - 1,
+            tooltip="Seed of the training. It stays as it is, so queueing twice trains once.",
+        ),
+    ]
+
+
+def _advanced_inputs() -> list[Any]:
+    preset = " -1: as the preset says."
+    return [
+        _int("steps", AS_PRESET, 10_000, "Optimiser steps." + preset),
+        _int("rank", AS_PRESET, 256, "Rank of the change, at most." + preset),
+        _float(
+            "learning_rate",
+            AS_PRESET,
+            10.0,
+            AS_PRESET,
+            "Adam's step relative to the size of each matrix." + preset,
+        ),
+        _float(
+            "eta",
+            0.0,
+            10.0,
+            0.0,
+            "Push beyond the replacement. Above 0, a negative prompt that names the concept draws "
+            "it; leave at 0 unless traces remain.",
+        ),
+        _float(
+            "protection",
+            AS_PRESET,
+            1e4,
+            AS_PRESET,
+            "How strongly prompts nobody named are held. Higher keeps more, erases less." + preset,
+        ),
+        _int("batch", AS_PRESET, 64, "States per step. 1 needs the least memory." + preset),
+        _int("trajectories", AS_PRESET, 256, "Sampling runs to learn from." + preset),
+        compatible(
+            io.Int.Input,
+            "resolution",
+            default=512,
+            min=64,
+            max=4096,
+            step=8,
+            tooltip="Side of the training pictures: the size the model was made for.",
+            **_ADVANCED,
+        ),
+        _int(
+            "captions",
+            AS_PRESET,
+            100_000,
+            "Plain captions that stand for the rest of the language." + preset,
+        ),
+    ]
+
+
+def _int(name: str, low: int, high: int, tooltip: str) -> Any:
+    return compatible(
+        io.Int.Input, name, default=low, min=low, max=high, tooltip=tooltip, **_ADVANCED
+    )
+
+
+def _float(name: str, low: float, high: float, default: float, tooltip: str) -> Any:
+    return compatible(
+        io.Float.Input,
+        name,
+        default=float(default),
+        min=float(low),
+        max=high,
+        step=0.01,
+        tooltip=tooltip,
+        **_ADVANCED,
+    )

@@ -1,0 +1,83 @@
+"""``python -m tools setup|demo|test``: each sets up what it needs first.
+
+Runs with any Python from 3.10 on and the standard library; demo and tests then run again in
+``build/venv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from tools.environment import (
+    BUILD,
+    HOST,
+    ROOT,
+    VENV,
+    ToolError,
+    ensure_environment,
+    inside_venv,
+)
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options, rest = _parse(arguments)
+    try:
+        python = str(ensure_environment())
+        if options.command == "setup":
+            print(f"Ready: packages in {VENV}, host in {HOST}")
+            return 0
+        if options.command == "test":
+            return _test(python, rest)
+        if not inside_venv():
+            return _call([python, "-m", "tools", "demo", "--threads", str(options.threads)])
+        from tools.demo import run_demo
+
+        run_demo(options.threads)
+        return 0
+    except ToolError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(prog="python -m tools", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("setup", help="make build/venv and build/host")
+    demo = commands.add_parser("demo", help="train an erasure and draw before and after")
+    demo.add_argument("--threads", type=int, default=2, help="processor threads for the host")
+    commands.add_parser("test", help="run the tests; further arguments go to pytest")
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "test":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options, [argument for argument in rest if argument != "--"]
+
+
+def _test(python: str, arguments: Sequence[str]) -> int:
+    # More than one thread makes these many small operations slower, not faster.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    status = _call([python, "-m", "pytest", *arguments], environment)
+    print(f"Logs of the hosts that the tests started: {BUILD / 'logs'}", flush=True)
+    return status
+
+
+def _call(command: Sequence[str], environment: dict[str, str] | None = None) -> int:
+    """Run a command in the checkout; on Ctrl-C let it clean up, as it got the signal too."""
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
