@@ -48,6 +48,9 @@ class Denoiser(Protocol):
         ``together`` allows batches, whose rounding may differ in the last digits.
         """
 
+    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt, one for each row that :meth:`encode` gives."""
+
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
         """(channels, height, width) of the latent of a square picture of that many pixels."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .closed_form import align_tokens, closed_form_factors
 from .denoiser import Denoiser
 from .erasure import Erasure
 from .fingerprint import fingerprint
@@ -96,7 +97,16 @@ def erase(
     training, held_out = yield from run.sample(prompts)
     moment = moment + _named_prompts_moment(prompts, subspace)
     ridge = Ridge(denoiser.matrices(), subspace.basis, moment)
-    trainer = SurgeryTrainer(run.denoiser, prompts.pairs, training, subspace.basis, ridge, settings)
+    start = closed_form_factors(
+        denoiser.matrices(),
+        subspace.basis,
+        [pair.erased for pair in prompts.pairs],
+        [pair.alternative[roles] for pair, roles in zip(prompts.pairs, prompts.roles, strict=True)],
+        moment,
+    )
+    trainer = SurgeryTrainer(
+        run.denoiser, prompts.pairs, training, subspace.basis, start, ridge, settings
+    )
     yield from run.train(trainer, should_stop)
     measures = yield from run.measure(trainer, prompts, held_out, subspace, unnamed)
     record = run.record(prompts, subspace, measures)
@@ -106,6 +116,7 @@ def erase(
 @dataclass(frozen=True)
 class _Prompts:
     pairs: list[EncodedPair]
+    roles: list[list[int]]
     null: Tensor
     negatives: list[Tensor]
     keep: list[tuple[str, Tensor]]
@@ -288,8 +299,14 @@ def _encode_prompts(settings: EraseSettings, denoiser: Denoiser) -> _Prompts:
     pairs = prompt_pairs(settings)
     erased = denoiser.encode([pair.erased for pair in pairs])
     alternatives = denoiser.encode([pair.alternative for pair in pairs])
+    ids = zip(
+        denoiser.token_ids([pair.erased for pair in pairs]),
+        denoiser.token_ids([pair.alternative for pair in pairs]),
+        strict=True,
+    )
     return _Prompts(
         pairs=[EncodedPair(e, a) for e, a in zip(erased, alternatives, strict=True)],
+        roles=[align_tokens(erased_ids, other_ids) for erased_ids, other_ids in ids],
         null=denoiser.encode([""])[0],
         negatives=denoiser.encode(settings.negative_prompts),
         keep=list(zip(settings.keep, denoiser.encode(settings.keep), strict=True)),

@@ -54,9 +54,9 @@ class EraseSettings:
     protection: float = 1.0
     steps: int = 60
     batch: int = 2
-    learning_rate: float = 0.1
-    trajectories: int = 8
-    sampling_steps: int = 18
+    learning_rate: float = 0.005
+    trajectories: int = 16
+    sampling_steps: int = 9
     guidance_scale: float = 5.0
     resolution: int = 512
     captions: int = 1000
@@ -118,7 +118,7 @@ class EraseSettings:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {},
-    "thorough": {"steps": 160, "trajectories": 12, "sampling_steps": 24},
+    "thorough": {"steps": 160, "trajectories": 24, "sampling_steps": 12},
 }
 
 
@@ -164,7 +164,7 @@ _ADVICE = {
     "steps": "60 is the balanced preset's choice.",
     "rank": "32 is usual; more only helps when the report says that little is left of the edit.",
     "eta": "0 moves to the alternative, 1 pushes as far again beyond it.",
-    "learning_rate": "0.1 is usual.",
+    "learning_rate": "0.005 is usual.",
     "trajectories": "Two are the least: one to train on, one to check on.",
 }
 

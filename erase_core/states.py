@@ -1,8 +1,8 @@
 """The pool: frozen sampling trajectories with every teacher score that training needs.
 
 Each sampler step evaluates the batch ``[0, e, a]`` at one latent. That gives the guidance for the
-sampler and, at the same price, ``g*(e)`` and ``g*(a)`` at this very state. ESD and its kin throw all
-states but one away and then compute the scores again.
+sampler and, at the same price, ``g*(e)`` and ``g*(a)`` at this very state. ESD and its kin throw
+all states but one away and then compute the scores again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The subspace of the edit: what must stay exact, what moves, and how much of it is left.
 
 In a U-Net the prompt enters only through ``K = W_k C`` and ``V = W_v C`` of the cross-attentions.
-With ``dW = B R^T`` and ``R`` orthogonal to the token embeddings of a prompt, ``dW C = 0``: the model's
-output for that prompt is the original's, at every layer, state and noise level.
+With ``dW = B R^T`` and ``R`` orthogonal to the token embeddings of a prompt, ``dW C = 0``: the
+model's output for that prompt is the original's, at every layer, state and noise level.
 
 All linear algebra here is float64 on the CPU (MPS has no float64, and float32 would leak).
 """

@@ -55,6 +55,7 @@ class SurgeryTrainer:
         pairs: token embeddings of the prompt pairs that the states refer to.
         states: the training states.
         basis: R, (width, rank).
+        start: B to start from by matrix name, (out, rank).
         ridge: the protection of ordinary language.
         settings: steps, batch, learning rate, eta, protection, seed.
 
@@ -68,6 +69,7 @@ class SurgeryTrainer:
         pairs: Sequence[EncodedPair],
         states: States,
         basis: Tensor,
+        start: Mapping[str, Tensor],
         ridge: Ridge,
         settings: EraseSettings,
     ) -> None:
@@ -81,16 +83,15 @@ class SurgeryTrainer:
                 "guidance to change. Check the spelling, or name a different alternative."
             )
         self._scale = 1 / distance
-        self.edit = LowRankEdit(
-            basis.float().to(denoiser.device), _zero_factors(denoiser, basis.shape[1])
-        )
+        factors = {name: b.to(denoiser.device).requires_grad_() for name, b in start.items()}
+        self.edit = LowRankEdit(basis.float().to(denoiser.device), factors)
         self._optimiser = _optimiser(self.edit.factors, denoiser.matrices(), settings)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimiser, _warmup_then_cosine(settings.steps)
         )
 
     def loss(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Surgery loss and ridge at the states ``index`` (n,); the surgery loss starts near 1."""
+        """Surgery loss and ridge at the states ``index`` (n,); nothing moved is a loss of 1."""
         states, device = self._states[index], self._denoiser.device
         tokens = stack_tokens([self._pairs[i].erased for i in states.pair.tolist()]).to(device)
         sigma = states.sigma.to(device)
@@ -130,13 +131,6 @@ class SurgeryTrainer:
         """The edit so far, detached."""
         factors = {name: b.detach().clone() for name, b in self.edit.factors.items()}
         return LowRankEdit(self.edit.basis, factors)
-
-
-def _zero_factors(denoiser: Denoiser, rank: int) -> dict[str, Tensor]:
-    return {
-        name: torch.zeros(weight.shape[0], rank, device=denoiser.device, requires_grad=True)
-        for name, weight in denoiser.matrices().items()
-    }
 
 
 def _optimiser(

@@ -77,6 +77,11 @@ class ComfyDenoiser:
         comfy.model_management.throw_exception_if_processing_interrupted()
         return encode_prompts(self._clip, prompts, together)
 
+    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """See :class:`erase_core.denoiser.Denoiser`."""
+        encoded = [next(iter(self._clip.tokenize(prompt).values())) for prompt in prompts]
+        return [[token[0] for section in one for token in section] for one in encoded]
+
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
         """See :class:`erase_core.denoiser.Denoiser`."""
         return (self._model.model.latent_format.latent_channels, resolution // 8, resolution // 8)
