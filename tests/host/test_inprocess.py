@@ -1,0 +1,288 @@
+"""The pack against the host's own code, in this process: exactness, untouchedness, bad input."""
+
+from __future__ import annotations
+
+import hashlib
+
+import comfy.lora
+import comfy.model_management
+import comfy.samplers
+import comfy.sd
+import pytest
+import torch
+from concept_surgery.erase_core import Finished, PredictionError, erase, preset_settings
+from concept_surgery.erase_core.erasure import Erasure, ErasureFileError
+from concept_surgery.nodes.apply import ApplyError, apply_erasure, mismatches
+from concept_surgery.nodes.files import save_erasure
+from concept_surgery.nodes.host import ComfyDenoiser, UnsupportedModelError, encode_prompts, twin_of
+from concept_surgery.nodes.store import LanguageStore
+from concept_surgery.nodes.train import TrainErasure
+from safetensors.torch import save_file
+from tools.checkpoint import build_checkpoint
+from tools.environment import BUILD
+
+KEEP = ("tiger", "a red car", "a house", "a boat", "an old man", "a tree", "pizza", "a castle")
+QUICK = {"steps": 4, "trajectories": 4, "sampling_steps": 4, "captions": 24, "resolution": 64}
+
+
+@pytest.fixture(scope="session")
+def loaded(checkpoint):
+    with torch.inference_mode():  # as the host loads, inside its executor
+        model, clip, _ = comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
+    return model, clip
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    return LanguageStore(tmp_path_factory.mktemp("language"))
+
+
+def train(loaded, store, name="tiny", **values) -> Finished:
+    settings = preset_settings("balanced", **{**QUICK, **values})
+    with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
+        with ComfyDenoiser(*loaded, name, 6, settings.resolution) as denoiser:
+            for event in erase(settings, denoiser, store):
+                pass
+    return event
+
+
+@pytest.fixture(scope="session")
+def finished(loaded, store):
+    return train(loaded, store, concept="cat", alternative="dog", keep=("a photo of a tiger",))
+
+
+def weights_hash(model) -> str:
+    digest = hashlib.sha256()
+    state = model.model.state_dict()
+    for key in sorted(state):
+        weight = model.backup[key].weight if key in model.backup else state[key]
+        digest.update(key.encode() + weight.detach().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def noise_prediction(model, tokens, sigma: float) -> torch.Tensor:
+    """What the host's own sampling code predicts, with the model's patches in place."""
+    comfy.model_management.load_models_gpu([model])
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1, 4, 8, 8, generator=generator) * (1 + sigma**2) ** 0.5
+    with torch.inference_mode():
+        x0 = model.model.apply_model(x, torch.tensor([sigma]), c_crossattn=tokens[None])
+    return (x - x0) / sigma
+
+
+def relative_change(model, patched, tokens, sigma=2.0) -> float:
+    before = noise_prediction(model, tokens, sigma)
+    after = noise_prediction(patched, tokens, sigma)
+    return float((after - before).norm() / before.norm())
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 8])
+def test_exact_prompts_do_not_move_and_the_rest_is_reported(loaded, store, count):
+    model, clip = loaded
+    negative = "blurry, watermark"
+    result = train(
+        loaded, store, concept="cat", alternative="dog", keep=KEEP[:count],
+        negative_prompts=(negative,), steps=2,
+    )
+    patched = apply_erasure(model, result.erasure, 1.0)
+    kept = result.erasure.record["measures"]["kept"]
+    assert [entry["text"] for entry in kept] == list(KEEP[:count])
+    exact = ["", negative, *(entry["text"] for entry in kept if entry["exact"])]
+    for tokens in encode_prompts(clip, exact):
+        for sigma in (0.1, 1.0, 5.0, 14.0):
+            assert relative_change(model, patched, tokens, sigma) <= 1e-5
+    for entry in kept:
+        if not entry["exact"]:
+            assert entry["share_left"] < 0.25 and entry["drift"] > 1e-5
+    erased = encode_prompts(clip, ["a photo of a cat"])[0]
+    assert relative_change(model, patched, erased) > 0.02
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"concept": "cat", "alternative": "dog"},
+        {"concept": "pizza"},
+        {"concept": "Van Gogh", "kind": "style"},
+    ],
+    ids=["alternative", "removed", "style"],
+)
+def test_balanced_moves_the_guidance_within_its_budget(loaded, store, values):
+    settings = {"captions": 64, "steps": 60, "trajectories": 16, "sampling_steps": 9}
+    record = train(loaded, store, **settings, **values).erasure.record
+    measures = record["measures"]
+    assert measures["moved_held_out"]["overall"] >= 0.90
+    assert measures["moved_sampled"]["overall"] >= 0.80
+    assert measures["null_drift"] <= 1e-5
+    assert record["forward_equivalents"] <= 900
+
+
+def test_same_seed_same_result_and_another_seed_another(loaded, store, finished):
+    values = {"concept": "cat", "alternative": "dog", "keep": ("a photo of a tiger",)}
+    assert train(loaded, store, **values).erasure.identity == finished.erasure.identity
+    assert train(loaded, store, seed=1, **values).erasure.identity != finished.erasure.identity
+
+
+def test_training_and_applying_leave_the_model_as_it_was(loaded, store):
+    model, clip = loaded
+    before = weights_hash(model)
+    patched = apply_erasure(model, train(loaded, store, concept="cat").erasure, 1.0)
+    noise_prediction(patched, encode_prompts(clip, ["a cat"])[0], 2.0)
+    assert weights_hash(model) == before
+    assert not model.patches
+
+
+def test_an_error_and_an_interrupt_leave_the_model_as_it_was(loaded, store, monkeypatch):
+    model, _ = loaded
+    before = weights_hash(model)
+    settings = preset_settings("balanced", concept="cat", **QUICK)
+    with torch.inference_mode(False), torch.enable_grad(), pytest.raises(
+        comfy.model_management.InterruptProcessingException
+    ):
+        with ComfyDenoiser(*loaded, "tiny", 6, 64) as denoiser:
+            for event in erase(settings, denoiser, store):
+                if event.stage.startswith("Training"):
+                    comfy.model_management.interrupt_current_processing(True)
+    assert weights_hash(model) == before
+    with pytest.raises(RuntimeError, match="broken"):
+        with ComfyDenoiser(*loaded, "tiny", 6, 64):
+            raise RuntimeError("broken")
+    assert weights_hash(model) == before
+
+
+def test_one_copy_of_the_weights(loaded):
+    model, _ = loaded
+    comfy.model_management.load_models_gpu([model])
+    with torch.inference_mode(False):
+        twin = twin_of(model)
+    host = {w.untyped_storage().data_ptr() for w in model.model.diffusion_model.parameters()}
+    total = extra = 0
+    for weight in twin.diffusion_model.parameters():
+        size = weight.numel() * weight.element_size()
+        total += size
+        extra += 0 if weight.untyped_storage().data_ptr() in host else size
+        assert not weight.is_inference()
+    assert total > 0 and extra == 0
+
+
+def test_strength_zero_is_the_input_model(loaded, finished):
+    model, clip = loaded
+    patched = apply_erasure(model, finished.erasure, 0.0)
+    assert not patched.patches and patched is not model
+    tokens = encode_prompts(clip, ["a cat"])[0]
+    assert torch.equal(
+        noise_prediction(model, tokens, 2.0), noise_prediction(patched, tokens, 2.0)
+    )
+
+
+def test_twice_is_refused_and_two_erasures_commute(loaded, store, finished):
+    model, clip = loaded
+    once = apply_erasure(model, finished.erasure, 1.0)
+    with pytest.raises(ApplyError, match="already on this model"):
+        apply_erasure(once, finished.erasure, 0.5)
+    other = train(loaded, store, concept="pizza").erasure
+    both = apply_erasure(once, other, 1.0)
+    swapped = apply_erasure(apply_erasure(model, other, 1.0), finished.erasure, 1.0)
+    tokens = encode_prompts(clip, ["a cat eating pizza"])[0]
+    one, two = noise_prediction(both, tokens, 2.0), noise_prediction(swapped, tokens, 2.0)
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_file_is_a_lora_that_the_stock_code_loads_alike(loaded, finished, tmp_path):
+    model, clip = loaded
+    path = save_erasure(finished.erasure, tmp_path, "cat")
+    again = Erasure.load(path)
+    assert again.identity == finished.erasure.identity and again.record == finished.erasure.record
+    with torch.inference_mode():
+        stock, _ = comfy.sd.load_lora_for_models(
+            model, None, comfy.utils.load_torch_file(str(path)), 1.0, 0.0
+        )
+    tokens = encode_prompts(clip, ["a cat"])[0]
+    ours = noise_prediction(apply_erasure(model, again, 1.0), tokens, 2.0)
+    assert torch.equal(noise_prediction(stock, tokens, 2.0), ours)
+    assert not torch.equal(noise_prediction(model, tokens, 2.0), ours)
+
+
+def test_saving_never_overwrites_and_the_same_twice_is_one_file(finished, tmp_path):
+    other = Erasure(finished.erasure.basis, {"lora_unet_x": torch.ones(2, finished.erasure.rank)},
+                    finished.erasure.record)
+    first = save_erasure(finished.erasure, tmp_path, "cat")
+    assert save_erasure(finished.erasure, tmp_path, "cat.safetensors") == first
+    assert save_erasure(other, tmp_path, "cat").name == "cat_2.safetensors"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["../cat", "a/b", "a\\b", "", "  ", ".hidden", "C:cat", "a\nb"])
+def test_file_names_with_path_parts_are_refused(finished, tmp_path, name):
+    with pytest.raises(ErasureFileError, match="without folders"):
+        save_erasure(finished.erasure, tmp_path, name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_folder_is_said(finished, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ErasureFileError, match="Check its rights"):
+        save_erasure(finished.erasure, tmp_path / "file" / "folder", "cat")
+    with pytest.raises(ErasureFileError, match="can't be written"):
+        finished.erasure.save(tmp_path / "absent" / "cat.safetensors")
+
+
+def test_damaged_and_foreign_files_are_refused(finished, tmp_path):
+    path = save_erasure(finished.erasure, tmp_path, "cat")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ErasureFileError, match="damaged or was not copied whole"):
+        Erasure.load(cut)
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"x": torch.ones(2)}, foreign)
+    with pytest.raises(ErasureFileError, match="not an erasure made by Concept Surgery"):
+        Erasure.load(foreign)
+    save_file({"x": torch.ones(2)}, foreign, metadata={"concept_surgery": "{}"})
+    with pytest.raises(ErasureFileError, match="is damaged"):
+        Erasure.load(foreign)
+    with pytest.raises(ErasureFileError, match="no erasure at"):
+        Erasure.load(tmp_path / "absent.safetensors")
+
+
+def test_another_base_is_a_warning_and_another_shape_an_error(loaded, finished):
+    model, clip = loaded
+    assert mismatches(model, finished.erasure, clip, "tiny") == []
+    path = build_checkpoint(BUILD / "checkpoints" / "other-seed.safetensors", seed=1)
+    with torch.inference_mode():
+        other, other_clip = comfy.sd.load_checkpoint_guess_config(str(path))[:2]
+    base, encoder = mismatches(other, finished.erasure, other_clip, "other")
+    assert "made on tiny, this model is other" in base
+    assert "null prompt moves by" in encoder
+    path = build_checkpoint(BUILD / "checkpoints" / "nano.safetensors", layout="nano")
+    with torch.inference_mode():
+        nano = comfy.sd.load_checkpoint_guess_config(str(path), output_clip=False)[0]
+    with pytest.raises(ApplyError, match="lacks 6 of its 8 matrices"):
+        apply_erasure(nano, finished.erasure, 1.0)
+    wrong = {name: b[:-1] for name, b in finished.erasure.factors.items()}
+    with pytest.raises(ApplyError, match="has the shape"):
+        apply_erasure(model, Erasure(finished.erasure.basis, wrong, finished.erasure.record), 1.0)
+    with pytest.raises(ApplyError, match="between -5 and 5"):
+        apply_erasure(model, finished.erasure, 6.0)
+
+
+def test_inpainting_model_is_refused(loaded):
+    path = build_checkpoint(
+        BUILD / "checkpoints" / "inpaint.safetensors", layout="nano", in_channels=9
+    )
+    with torch.inference_mode():
+        model = comfy.sd.load_checkpoint_guess_config(str(path), output_clip=False)[0]
+    with pytest.raises(UnsupportedModelError, match="takes 9 channels"):
+        ComfyDenoiser(model, loaded[1], "inpaint", 6, 64)
+
+
+def test_no_clip_is_refused(loaded):
+    with pytest.raises(ValueError, match="No CLIP is connected"):
+        TrainErasure.execute(loaded[0], None, erase="cat")
+
+
+def test_nan_in_the_model_ends_the_run_with_advice(checkpoint, loaded, store):
+    with torch.inference_mode():
+        model = comfy.sd.load_checkpoint_guess_config(str(checkpoint), output_clip=False)[0]
+        model.model.diffusion_model.out[2].weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(PredictionError, match="contains NaN"):
+        train((model, loaded[1]), store, concept="cat")
