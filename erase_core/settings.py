@@ -50,11 +50,11 @@ class EraseSettings:
     negative_prompts: tuple[str, ...] = ()
     kind: str = "object"
     eta: float = 0.0
-    rank: int = 32
+    rank: int = 64
     protection: float = 1.0
     steps: int = 60
     batch: int = 2
-    learning_rate: float = 0.005
+    learning_rate: float = 0.002
     trajectories: int = 16
     sampling_steps: int = 9
     guidance_scale: float = 5.0
@@ -162,9 +162,9 @@ _FLOAT_RANGES = (
 )
 _ADVICE = {
     "steps": "60 is the balanced preset's choice.",
-    "rank": "32 is usual; more only helps when the report says that little is left of the edit.",
+    "rank": "64 is usual; more only helps when the report says that little is left of the edit.",
     "eta": "0 moves to the alternative, 1 pushes as far again beyond it.",
-    "learning_rate": "0.005 is usual.",
+    "learning_rate": "0.002 is usual.",
     "trajectories": "Two are the least: one to train on, one to check on.",
 }
 

@@ -47,12 +47,32 @@ class TrainErasure(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, **widgets: Any) -> bool | str:
+    def validate_inputs(
+        cls,
+        erase: str | None = None,
+        replace_with: str | None = None,
+        keep: str | None = None,
+        negative_prompts: str | None = None,
+        kind: str | None = None,
+        preset: str | None = None,
+        steps: int | None = None,
+        resolution: int | None = None,
+    ) -> bool | str:
         """Refuse what can't work before anything runs. Linked values are checked when they come."""
-        if any(value is None for value in widgets.values()) or "erase" not in widgets:
+        if erase is None:
             return True
+        given = {
+            "erase": erase,
+            "replace_with": replace_with,
+            "keep": keep,
+            "negative_prompts": negative_prompts,
+            "kind": kind,
+            "preset": preset,
+            "steps": steps,
+            "resolution": resolution,
+        }
         try:
-            prompt_pairs(settings_from_widgets(widgets))
+            prompt_pairs(settings_from_widgets({k: v for k, v in given.items() if v is not None}))
         except ValueError as error:
             return str(error)
         return True
@@ -232,7 +252,7 @@ def _float(name: str, low: float, high: float, default: float, tooltip: str) -> 
         default=float(default),
         min=float(low),
         max=high,
-        step=0.01,
+        step=0.0005,
         tooltip=tooltip,
         **_ADVANCED,
     )

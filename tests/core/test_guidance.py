@@ -15,7 +15,16 @@ SIGMA = torch.tensor([0.5, 7.0])
 @pytest.fixture
 def scores():
     generator = torch.Generator().manual_seed(0)
-    names = ("x", "null", "erased", "alternative", "student", "student_null", "kept", "student_kept")
+    names = (
+        "x",
+        "null",
+        "erased",
+        "alternative",
+        "student",
+        "student_null",
+        "kept",
+        "student_kept",
+    )
     return {n: torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64) for n in names}
 
 
@@ -84,7 +93,9 @@ def test_all_terms_of_the_soft_form(scores):
     torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize("choice, flows", [("frozen", False), ("student", True), ("detached", False)])
+@pytest.mark.parametrize(
+    "choice, flows", [("frozen", False), ("student", True), ("detached", False)]
+)
 def test_which_null_score_gets_a_gradient(scores, choice, flows):
     drift = (scores["student_null"] - scores["null"]).requires_grad_()
     guidance = (scores["student"] - scores["null"]).requires_grad_()

@@ -56,8 +56,14 @@ def test_every_template_names_the_concept_only_where_it_should():
 
 @pytest.mark.parametrize(
     "concept, expected",
-    [("cat", "a cat"), ("owl", "an owl"), ("Van Gogh", "Van Gogh"), ("cats", "cats"),
-     ("bus", "a bus"), ("the moon", "the moon")],
+    [
+        ("cat", "a cat"),
+        ("owl", "an owl"),
+        ("Van Gogh", "Van Gogh"),
+        ("cats", "cats"),
+        ("bus", "a bus"),
+        ("the moon", "the moon"),
+    ],
 )
 def test_articles(concept, expected):
     assert with_article(concept) == expected

@@ -81,8 +81,13 @@ def test_exact_prompts_do_not_move_and_the_rest_is_reported(loaded, store, count
     model, clip = loaded
     negative = "blurry, watermark"
     result = train(
-        loaded, store, concept="cat", alternative="dog", keep=KEEP[:count],
-        negative_prompts=(negative,), steps=2,
+        loaded,
+        store,
+        concept="cat",
+        alternative="dog",
+        keep=KEEP[:count],
+        negative_prompts=(negative,),
+        steps=2,
     )
     patched = apply_erasure(model, result.erasure, 1.0)
     kept = result.erasure.record["measures"]["kept"]
@@ -136,8 +141,10 @@ def test_an_error_and_an_interrupt_leave_the_model_as_it_was(loaded, store, monk
     model, _ = loaded
     before = weights_hash(model)
     settings = preset_settings("balanced", concept="cat", **QUICK)
-    with torch.inference_mode(False), torch.enable_grad(), pytest.raises(
-        comfy.model_management.InterruptProcessingException
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        pytest.raises(comfy.model_management.InterruptProcessingException),
     ):
         with ComfyDenoiser(*loaded, "tiny", 6, 64) as denoiser:
             for event in erase(settings, denoiser, store):
@@ -170,9 +177,7 @@ def test_strength_zero_is_the_input_model(loaded, finished):
     patched = apply_erasure(model, finished.erasure, 0.0)
     assert not patched.patches and patched is not model
     tokens = encode_prompts(clip, ["a cat"])[0]
-    assert torch.equal(
-        noise_prediction(model, tokens, 2.0), noise_prediction(patched, tokens, 2.0)
-    )
+    assert torch.equal(noise_prediction(model, tokens, 2.0), noise_prediction(patched, tokens, 2.0))
 
 
 def test_twice_is_refused_and_two_erasures_commute(loaded, store, finished):
@@ -204,8 +209,11 @@ def test_file_is_a_lora_that_the_stock_code_loads_alike(loaded, finished, tmp_pa
 
 
 def test_saving_never_overwrites_and_the_same_twice_is_one_file(finished, tmp_path):
-    other = Erasure(finished.erasure.basis, {"lora_unet_x": torch.ones(2, finished.erasure.rank)},
-                    finished.erasure.record)
+    other = Erasure(
+        finished.erasure.basis,
+        {"lora_unet_x": torch.ones(2, finished.erasure.rank)},
+        finished.erasure.record,
+    )
     first = save_erasure(finished.erasure, tmp_path, "cat")
     assert save_erasure(finished.erasure, tmp_path, "cat.safetensors") == first
     assert save_erasure(other, tmp_path, "cat").name == "cat_2.safetensors"

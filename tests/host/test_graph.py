@@ -1,0 +1,139 @@
+"""The graph a user builds, over the host's HTTP API."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from tools import graphs
+from tools.host import ComfyHost, GraphFailed, GraphRejected
+
+CHECKPOINT = "one-level.safetensors"
+SMALL = {"steps": 4, "trajectories": 4, "resolution": 64, "captions": 24}
+
+
+def training(**values):
+    settings = {"erase": "cat", "replace_with": "dog", **SMALL, **values}
+    return graphs.loader(CHECKPOINT) | graphs.train(**settings)
+
+
+def pixels(server: ComfyHost, entry, name: str) -> bytes:
+    (record,) = entry["outputs"][name]["images"]
+    return Image.open(io.BytesIO(server.image(record))).convert("RGB").tobytes()
+
+
+def shot(name: str, model, text: str = "a photo of a cat"):
+    return graphs.picture(name, text, model=model)
+
+
+def test_the_four_nodes_are_there_with_tooltips_and_help(server):
+    for name, title in {
+        "ConceptSurgeryTrain": "Train Concept Erasure",
+        "ConceptSurgeryApply": "Apply Erased UNet",
+        "ConceptSurgerySave": "Save Erasure",
+        "ConceptSurgeryLoad": "Load Erasure",
+    }.items():
+        info = server.object_info(name)
+        assert info["display_name"] == title and info["description"]
+    required = server.object_info("ConceptSurgeryTrain")["input"]["required"]
+    assert all(len(spec) > 1 and spec[1].get("tooltip") for spec in required.values())
+
+
+def test_train_apply_save_and_the_stock_loader_agree(server):
+    graph = training(keep="a photo of a tiger")
+    graph |= graphs.save(filename="cat_gone") | graphs.show("report", ("train", 2))
+    graph |= graphs.apply() | graphs.apply("off", strength=0.0)
+    graph |= shot("before", ("loader", 0)) | shot("after", ("apply", 0)) | shot("none", ("off", 0))
+    graph |= graphs.node("curve", "LossGraphNode", loss=("train", 1), filename_prefix="loss")
+    events = []
+    entry = server.run(graph, timeout=240, on_progress=events.append)
+    before, after = pixels(server, entry, "before"), pixels(server, entry, "after")
+    assert after != before
+    assert pixels(server, entry, "none") == before
+    assert "Guidance moved" in "".join(entry["outputs"]["report"]["text"])
+    assert entry["outputs"]["curve"]["images"]
+    assert any(event.get("type") == "progress" for event in events)
+
+    stock = graphs.loader(CHECKPOINT) | graphs.node(
+        "lora",
+        "LoraLoaderModelOnly",
+        model=("loader", 0),
+        lora_name="cat_gone.safetensors",
+        strength_model=1.0,
+    )
+    stock |= shot("stock", ("lora", 0))
+    stock |= graphs.load(filename="cat_gone.safetensors")
+    stock |= graphs.apply(erasure=("load", 0)) | shot("loaded", ("apply", 0))
+    again = server.run(stock)
+    assert pixels(server, again, "stock") == after
+    assert pixels(server, again, "loaded") == after
+
+
+def test_the_saved_file_says_what_it_is(server):
+    entry = server.run(training() | graphs.save(filename="described"))
+    path = entry["outputs"]["save"]["text"][0].removeprefix("Saved described.safetensors in ")
+    with safe_open(f"{path}/described.safetensors", framework="pt") as file:
+        info = file.metadata()
+    record = json.loads(info["concept_surgery"])
+    assert record["base"]["name"] == CHECKPOINT
+    assert record["settings"]["concept"] == "cat" and record["steps_done"] == 4
+    assert info["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert info["ss_base_model_version"] == "sd_v1"
+
+
+def test_queueing_twice_trains_once(server):
+    graph = training(training_seed=5) | graphs.show("report", ("train", 2))
+    server.run(graph)
+    entry = server.run(graph)
+    cached = [data for kind, data in entry["status"]["messages"] if kind == "execution_cached"]
+    assert "train" in cached[0]["nodes"]
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"erase": ""}, "concept is empty"),
+        ({"replace_with": "Cat"}, "the same"),
+        ({"keep": "a photo of a cat"}, "Both can't hold"),
+        ({"steps": 0}, "steps must be between 1 and 10000, not 0"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(server, values, words):
+    with pytest.raises(GraphRejected, match=words):
+        server.run(training(**values) | graphs.save())
+
+
+def test_a_bad_file_name_is_refused_before_anything_runs(server):
+    with pytest.raises(GraphRejected, match="without folders"):
+        server.run(training() | graphs.save(filename="../cat"))
+
+
+def test_applying_twice_is_an_error_at_the_node(server):
+    graph = training() | graphs.apply() | graphs.apply("again", model=("apply", 0))
+    with pytest.raises(GraphFailed, match="already on this model"):
+        server.run(graph | shot("never", ("again", 0)))
+
+
+def test_cancel_comes_within_a_step_and_the_model_is_as_before(server):
+    plain = graphs.loader(CHECKPOINT) | shot("plain", ("loader", 0))
+    before = pixels(server, server.run(plain), "plain")
+    graph = training(steps=5000, training_seed=9) | graphs.show("report", ("train", 2))
+    started = []
+
+    def watch(event):
+        text = str(event)
+        if "Training" in text and not started:
+            started.append(time.monotonic())
+            server.interrupt()
+
+    with pytest.raises(GraphFailed) as failure:
+        server.run(graph, timeout=120, on_progress=watch)
+    assert failure.value.interrupted and time.monotonic() - started[0] < 3
+    changed = graphs.loader(CHECKPOINT) | graphs.picture("plain", "a photo of a cat", steps=9)
+    server.run(changed)  # so that the next picture is drawn, not taken from the cache
+    assert pixels(server, server.run(plain), "plain") == before
