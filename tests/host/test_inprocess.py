@@ -18,6 +18,7 @@ from concept_surgery.nodes.host import ComfyDenoiser, UnsupportedModelError, enc
 from concept_surgery.nodes.store import LanguageStore
 from concept_surgery.nodes.train import TrainErasure
 from safetensors.torch import save_file
+
 from tools.checkpoint import build_checkpoint
 from tools.environment import BUILD
 
@@ -41,9 +42,8 @@ def train(loaded, store, name="tiny", **values) -> Finished:
     settings = preset_settings("balanced", **{**QUICK, **values})
     with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
         with ComfyDenoiser(*loaded, name, 6, settings.resolution) as denoiser:
-            for event in erase(settings, denoiser, store):
-                pass
-    return event
+            *_, last = erase(settings, denoiser, store)
+    return last
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,1 @@
+"""What the pack costs and how well it works, measured."""
