@@ -32,7 +32,7 @@ ABOUT_CHECKPOINT = (
 METADATA_KEY = "concept_surgery"
 
 CONCEPT = "cat"
-KEPT = ("dog", "horse", "bridge")
+KEPT = ("a photo of a dog", "a horse", "a bridge")
 STRENGTH = 1.0
 PROMPTS = {
     "erased": "a photo of a cat",
