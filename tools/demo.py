@@ -225,8 +225,9 @@ def _write_json(path: Path, value: Any) -> None:
 def _say_where_to_look(seconds: Mapping[str, float], erasure: Path) -> None:
     print(
         f"Trained in {seconds['training']:.1f} s; the whole graph took {seconds['graph']:.1f} s.\n"
-        "The weights are random, so compare patterns: the first column should have changed, "
-        "the other two should not.\n"
+        "The weights are random, so compare patterns: the first column has changed, the kept one "
+        "is the same picture. The third may move too: a random text encoder has no meaning by "
+        "which unnamed prompts could be told apart.\n"
         "Look at:\n"
         f"  {OUTPUT / 'before_after.png'}\n"
         f"  {OUTPUT / 'report.json'}\n"
