@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from tools import graphs
+from tools.environment import ROOT
 from tools.host import ComfyHost, GraphFailed, GraphRejected
 
 CHECKPOINT = "one-level.safetensors"
@@ -137,3 +138,23 @@ def test_cancel_comes_within_a_step_and_the_model_is_as_before(server):
     changed = graphs.loader(CHECKPOINT) | graphs.picture("plain", "a photo of a cat", steps=9)
     server.run(changed)  # so that the next picture is drawn, not taken from the cache
     assert pixels(server, server.run(plain), "plain") == before
+
+
+def test_example_workflows_fit_the_nodes(server):
+    """Every node of every example exists, and holds one value a widget, in the host's order."""
+    examples = sorted((ROOT / "example_workflows").glob("*.json"))
+    assert examples
+    for path in examples:
+        workflow = json.loads(path.read_text("utf-8"))
+        nodes = {node["id"]: node for node in workflow["nodes"]}
+        for node in nodes.values():
+            info = server.object_info(node["type"])["input"]
+            specs = {**info.get("required", {}), **info.get("optional", {})}
+            sockets = {entry["name"] for entry in node["inputs"]}
+            widgets = [name for name in specs if name not in sockets]
+            extra = widgets.count("seed")  # the front end adds what to do after a run
+            assert len(node["widgets_values"]) == len(widgets) + extra, (path.name, node["type"])
+            assert sockets <= set(specs)
+        for _, source, _, target, slot, kind in workflow["links"]:
+            assert source in nodes
+            assert nodes[target]["inputs"][slot]["type"] in (kind, "*")
