@@ -55,21 +55,22 @@ class ComfyDenoiser:
         self.base = {"name": base_name, "fingerprint": base_fingerprint(model)}
         self._model, self._clip = model, clip
         self._planned_shape = [images, *self.latent_shape(resolution)]
-        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> ComfyDenoiser:
         memory = self._model.memory_required(self._planned_shape) * TRAINING_MEMORY_FACTOR
         comfy.model_management.load_models_gpu([self._model], memory_required=memory)
         self.device = self._model.load_device
-        self._stack.enter_context(_training_flag())
-        self._twin = twin_of(self._model)
-        self._modules = _trained_modules(self._model, self._twin)
-        self._side_path = LowRankSidePath(self._modules)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_training_flag())
+            self._twin = twin_of(self._model)
+            self._modules = _trained_modules(self._model, self._twin)
+            self._side_path = LowRankSidePath(self._modules)
+            stack.callback(self._side_path.remove)
+            self._stack = stack.pop_all()  # nothing failed: __exit__ undoes it
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
-        self._side_path.remove()
         del self._twin, self._modules, self._side_path
 
     def encode(self, prompts: Sequence[str], together: bool = False) -> list[Tensor]:
