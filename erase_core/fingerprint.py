@@ -34,7 +34,7 @@ def same_fingerprint(one: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def _projection(weight: Tensor) -> float:
-    weight = weight.float().cpu()
+    weight = weight.detach().float().cpu()
     rows, columns = weight.shape
     generator = torch.Generator().manual_seed(rows * 100_003 + columns)
     left = torch.randint(0, 2, (rows,), generator=generator).float() * 2 - 1
