@@ -1,0 +1,135 @@
+"""The whole engine on a toy model: cost, stop flag, errors, report."""
+
+import math
+
+import pytest
+import torch
+from concept_surgery.erase_core import (
+    Erasure,
+    Finished,
+    PredictionError,
+    Progress,
+    TrainingError,
+    erase,
+    preset_settings,
+    report_text,
+)
+from concept_surgery.erase_core.denoiser import stack_tokens
+from concept_surgery.erase_core.language import encode_language, plain_captions, spread
+
+from .toy import ToyDenoiser
+
+SMALL = {"resolution": 32, "captions": 40, "trajectories": 8, "sampling_steps": 4, "steps": 20}
+
+
+def run(denoiser=None, should_stop=lambda: False, **values):
+    settings = preset_settings("balanced", **{"concept": "cat", **SMALL, **values})
+    return list(erase(settings, denoiser or ToyDenoiser(), None, should_stop))
+
+
+def test_progress_ends_at_the_planned_cost_and_every_call_is_counted():
+    toy = ToyDenoiser()
+    events = run(toy, alternative="dog", keep=("a tree", "a boat"))
+    progress = [event for event in events if isinstance(event, Progress)]
+    assert isinstance(events[-1], Finished)
+    done = [event.done for event in progress]
+    assert done == sorted(done) and done[-1] == progress[-1].total
+    record = events[-1].erasure.record
+    assert record["forward_equivalents"] == toy.calls == progress[-1].total
+    assert len(events[-1].losses) == record["steps_done"] == 20
+
+
+def test_balanced_preset_stays_within_900_with_eight_keep_prompts():
+    keep = tuple(f"thing {number}" for number in range(8))
+    settings = {"steps": None, "trajectories": None, "sampling_steps": None}
+    record = run(keep=keep, **settings)[-1].erasure.record
+    assert record["forward_equivalents"] <= 900
+
+
+def test_training_lowers_the_loss_it_starts_with():
+    losses = run(alternative="dog", steps=200)[-1].losses
+    assert sum(losses[-40:]) < sum(losses[:40]) and max(losses[-40:]) < 1
+
+
+def test_stop_flag_keeps_what_was_learned():
+    answers = iter([False] * 5 + [True])
+    finished = run(should_stop=lambda: next(answers))[-1]
+    assert finished.erasure.record["steps_done"] == 5
+    assert finished.erasure.record["stopped_early"]
+    assert "Stopped early, after 5 steps" in report_text(finished.erasure.record)
+
+
+def test_eta_is_warned_about():
+    record = run(alternative="dog", eta=1.0)[-1].erasure.record
+    assert "negative prompt now draws it" in report_text(record)
+
+
+def test_the_report_names_exact_and_approximate_prompts():
+    keep = ("a tree", "nine quite different words that fill the window whole")
+    keep += tuple(f"{n} p{n} q{n} r{n} s{n} t{n} u{n} v{n} w{n}" for n in range(8))
+    record = run(keep=keep)[-1].erasure.record
+    kinds = {entry["exact"] for entry in record["measures"]["kept"]}
+    assert kinds == {True, False}
+    text = report_text(record)
+    assert "Kept 'a tree': exact" in text and ": approximate, drift" in text
+
+
+def test_nan_is_said_and_ends_the_run():
+    toy = ToyDenoiser()
+    toy.out.weight[0, 0] = math.nan
+    with pytest.raises(PredictionError, match="contains NaN"):
+        run(toy)
+
+
+def test_loss_that_explodes_is_said(monkeypatch):
+    toy = ToyDenoiser()
+    whole = toy.predict_x0
+    monkeypatch.setattr(
+        toy,
+        "predict_x0",
+        lambda x, s, t, edit=None: whole(x, s, t, edit) * (1 if edit is None else math.inf),
+    )
+    with pytest.raises(TrainingError, match="Lower the learning rate"):
+        run(toy)
+
+
+def test_a_model_that_ignores_the_prompt_has_nothing_to_erase():
+    toy = ToyDenoiser()
+    toy.out.weight.zero_()
+    with pytest.raises(TrainingError, match="no guidance to change"):
+        run(toy)
+
+
+def test_an_erasure_survives_its_file(tmp_path):
+    erasure = run(alternative="dog")[-1].erasure
+    erasure.save(tmp_path / "a.safetensors")
+    again = Erasure.load(tmp_path / "a.safetensors")
+    assert again.identity == erasure.identity and again.record == erasure.record
+    torch.testing.assert_close(again.delta("key"), erasure.factors["key"] @ erasure.basis.T)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_captions_are_many_distinct_and_without_prompt_weights():
+    captions = plain_captions()
+    assert len(captions) >= 980 and len({c.casefold() for c in captions}) == len(captions)
+    assert not [c for c in captions if "(" in c.replace("\\(", "")]
+    assert spread(captions, 8)[0] == captions[0] and len(spread(captions, 8)) == 8
+
+
+def test_language_is_encoded_once_per_encoder():
+    toy, cache = ToyDenoiser(), {}
+    captions = plain_captions(40)
+    assert len(list(encode_language(toy, captions, cache))) == 3
+    assert list(encode_language(toy, captions, cache)) == []
+    assert len(list(encode_language(toy, captions[:-1], cache))) == 3
+    assert len(cache) == 2
+
+
+def test_prompts_of_different_length_attend_alike_when_repeated():
+    toy = ToyDenoiser()
+    short, long = toy.encode(["a cat", "a dog"])
+    long = torch.cat([long, toy.encode(["on a chair"])[0]])
+    x, sigma = torch.randn(2, 4, 4, 4), torch.tensor([1.0, 1.0])
+    both = toy.predict_x0(x, sigma, stack_tokens([short, long]))
+    alone = toy.predict_x0(x[:1], sigma[:1], short[None])
+    torch.testing.assert_close(both[:1], alone)

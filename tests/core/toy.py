@@ -1,0 +1,65 @@
+"""A toy denoiser: one cross-attention over a made-up text encoder. Fast, and honest arithmetic."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from concept_surgery.erase_core.denoiser import LowRankSidePath
+from concept_surgery.erase_core.fingerprint import fingerprint
+from torch import nn
+
+WIDTH, TOKENS, CHANNELS = 96, 12, 4
+
+
+class ToyDenoiser:
+    """Fulfils ``erase_core.denoiser.Denoiser``; every word has a fixed random embedding."""
+
+    family, device = "toy", torch.device("cpu")
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.key, self.value = nn.Linear(WIDTH, 16, bias=False), nn.Linear(WIDTH, 16, bias=False)
+        self.query, self.out = nn.Linear(CHANNELS, 16), nn.Linear(16, CHANNELS)
+        for module in (self.key, self.value, self.query, self.out):
+            module.requires_grad_(False)
+        self._side_path = LowRankSidePath({"key": self.key, "value": self.value})
+        self.base = {"name": "toy", "fingerprint": fingerprint(self.matrices())}
+        self.calls = 0
+
+    def token_ids(self, prompts):
+        ids = []
+        for prompt in prompts:
+            words = [3 + int(hashlib.md5(w.encode()).hexdigest()[:6], 16) for w in prompt.split()]
+            ids.append(([0, *words[: TOKENS - 2]] + [1] * TOKENS)[:TOKENS])
+        return ids
+
+    def encode(self, prompts, together=False):
+        return [self._embed(ids) for ids in self.token_ids(prompts)]
+
+    def _embed(self, ids):
+        rows = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(i)) for i in ids]
+        context = torch.stack(rows).cumsum(0) / torch.arange(1, len(ids) + 1).sqrt()[:, None]
+        return torch.stack(rows) + 0.3 * context
+
+    def latent_shape(self, resolution):
+        return (CHANNELS, resolution // 8, resolution // 8)
+
+    def sigmas(self, steps):
+        return torch.cat([torch.linspace(10, 0.1, steps), torch.zeros(1)])
+
+    def noisy_latent(self, noise, sigma):
+        return noise * (1 + sigma**2) ** 0.5
+
+    def predict_x0(self, x, sigma, tokens, edit=None):
+        self.calls += x.shape[0] * (3 if edit is not None and torch.is_grad_enabled() else 1)
+        scaled = x / (1 + sigma.view(-1, 1, 1, 1) ** 2).sqrt()
+        pixels = scaled.flatten(2).transpose(1, 2)
+        with self._side_path.active(edit):
+            keys, values = self.key(tokens), self.value(tokens)
+        weights = (self.query(pixels) @ keys.transpose(1, 2)).softmax(dim=-1)
+        eps = self.out(weights @ values).transpose(1, 2).reshape(x.shape)
+        return x - sigma.view(-1, 1, 1, 1) * eps
+
+    def matrices(self):
+        return {"key": self.key.weight, "value": self.value.weight}
