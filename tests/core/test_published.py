@@ -1,4 +1,4 @@
-"""What the registry would publish: no forbidden means, no host in the science, complete metadata."""
+"""What the registry would publish: no forbidden means, no host in the science, metadata."""
 
 import ast
 import fnmatch
