@@ -33,7 +33,8 @@ from tools.checkpoint import build_checkpoint  # noqa: E402
 from tools.environment import BUILD  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "step_cost.json"
-RESOLUTION, PAIRS, RANK, TOKENS, WIDTH = 128, 7, 64, 77, 768
+RESOLUTION, MEMORY_RESOLUTION, PAIRS = 128, 256, 9
+RANK, TOKENS, WIDTH = 64, 77, 768
 UNET = {
     "image_size": 32,
     "in_channels": 4,
@@ -73,11 +74,15 @@ def real_width_model() -> comfy.model_patcher.ModelPatcher:
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
-def trainer_on(denoiser: ComfyDenoiser) -> SurgeryTrainer:
+def loaded(resolution: int) -> ComfyDenoiser:
+    return ComfyDenoiser(real_width_model(), None, "", 2, resolution)
+
+
+def trainer_on(denoiser: ComfyDenoiser, resolution: int) -> SurgeryTrainer:
     """A trainer on random states and prompts: the values don't matter for the time."""
-    settings = preset_settings("balanced", concept="cat", resolution=RESOLUTION, rank=RANK)
+    settings = preset_settings("balanced", concept="cat", resolution=resolution, rank=RANK)
     generator = torch.Generator().manual_seed(1)
-    shape = (settings.batch, *denoiser.latent_shape(RESOLUTION))
+    shape = (settings.batch, *denoiser.latent_shape(resolution))
     latents = [torch.randn(shape, generator=generator) for _ in range(4)]
     index = torch.zeros(settings.batch, dtype=torch.long)
     states = States(latents[0], torch.full((settings.batch,), 2.0), *latents[1:], pair=index)
@@ -105,8 +110,8 @@ def timed(action) -> float:
 
 def step_ratio() -> dict[str, float]:
     """Median over neighbouring pairs of step time over bare time, and the bare time."""
-    with torch.inference_mode(False), ComfyDenoiser(real_width_model(), None, "", 2, 128) as d:
-        trainer = trainer_on(d)
+    with torch.inference_mode(False), loaded(RESOLUTION) as d:
+        trainer = trainer_on(d, RESOLUTION)
         index = torch.arange(2)
         trainer.step(index)
         bare, full = [], []
@@ -143,8 +148,8 @@ def peak_bytes(what: str) -> int:
 
 
 def child(what: str) -> None:
-    with torch.inference_mode(False), ComfyDenoiser(real_width_model(), None, "", 2, 128) as d:
-        trainer = trainer_on(d)
+    with torch.inference_mode(False), loaded(MEMORY_RESOLUTION) as d:
+        trainer = trainer_on(d, MEMORY_RESOLUTION)
         if what == "train":
             trainer.step(torch.arange(2))
         else:
@@ -175,6 +180,7 @@ def main() -> None:
     inference, training = peak_bytes("infer"), peak_bytes("train")
     result = {"model": "SD1.5 U-Net, 4 levels, real width, random weights, float32, CPU"}
     result |= {"resolution": RESOLUTION, "batch": 2, "rank": RANK} | step_ratio()
+    result["memory_resolution"] = MEMORY_RESOLUTION
     result["peak_memory_ratio"] = round(training / inference, 3)
     result["peak_memory_gib"] = {
         "inference": round(inference / 2**30, 2),
