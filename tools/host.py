@@ -13,6 +13,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -26,7 +27,7 @@ from typing import Any
 
 import aiohttp
 
-from tools.environment import BUILD, HOST, ROOT, STUBS, tail, venv_python
+from tools.environment import BUILD, HOST, ROOT, STUBS, tail
 
 PACK_FOLDER = "concept-surgery"
 # What a published pack does not hold; left out where the checkout has to be copied.
@@ -254,7 +255,7 @@ class ComfyHost:
 
     def _command(self) -> list[str]:
         return [
-            str(venv_python()),
+            sys.executable,
             str(HOST / "main.py"),
             "--cpu",
             *("--listen", "127.0.0.1", "--port", str(self._port)),
