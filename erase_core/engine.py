@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .closed_form import align_tokens, closed_form_factors
-from .denoiser import Denoiser
+from .closed_form import RIDGE, align_tokens, closed_form_factors
+from .denoiser import Denoiser, LowRankEdit
 from .erasure import Erasure
 from .fingerprint import fingerprint
 from .language import encode_language, plain_captions, second_moment, spread
-from .measure import CountedDenoiser, Movement, movement_on, movement_sampled, prompt_drift
+from .measure import CountedDenoiser, movement_on, movement_sampled, prompt_drift
 from .prompts import prompt_pairs
 from .settings import EraseSettings
 from .states import EncodedPair, Sampling, States, sample_states
@@ -103,12 +103,13 @@ def erase(
         [pair.erased for pair in prompts.pairs],
         [pair.alternative[roles] for pair, roles in zip(prompts.pairs, prompts.roles, strict=True)],
         moment,
+        RIDGE * settings.protection,
     )
     trainer = SurgeryTrainer(
         run.denoiser, prompts.pairs, training, subspace.basis, start, ridge, settings
     )
     yield from run.train(trainer, should_stop)
-    measures = yield from run.measure(trainer, prompts, held_out, subspace, unnamed)
+    measures = yield from run.measure(trainer.result(), prompts, held_out, subspace, unnamed)
     record = run.record(prompts, subspace, measures)
     yield Finished(Erasure.from_edit(trainer.result(), record), run.losses)
 
@@ -132,6 +133,7 @@ class _Run:
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._started = time.monotonic()
         self._shape = denoiser.latent_shape(settings.resolution)
+        self._batch = 3 * settings.batch  # what the pool was sampled with fits the device
         self._total = self._planned_cost()
 
     def progress(self, stage: str) -> Progress:
@@ -160,55 +162,71 @@ class _Run:
 
     def measure(
         self,
-        trainer: SurgeryTrainer,
+        edit: LowRankEdit,
         prompts: _Prompts,
         held_out: States,
         subspace: EditSubspace,
         unnamed: Sequence[str],
     ) -> Iterator[Progress]:
         """Movement on held-out and on sampled states, drift of everything that should stay."""
-        edit, settings, batch = trainer.result(), self.settings, 3 * self.settings.batch
-        checked = held_out[_evenly(len(held_out), HELD_OUT_STATES)]
-        frozen = yield from self._follow(
-            movement_on(self.denoiser, prompts.pairs, checked, edit, settings.eta, batch),
-            "Checking on held-out states",
+        by_sigma = held_out[held_out.sigma.argsort(descending=True, stable=True)]
+        checked = by_sigma[_evenly(len(held_out), min(len(held_out), HELD_OUT_STATES))]
+        moved = yield from self._movements(edit, prompts, checked)
+        drift = yield from self._drifts(edit, prompts, checked, subspace, unnamed)
+        return {**moved, **drift, "null_leakage": leakage(subspace.basis, prompts.null)}
+
+    def _movements(
+        self, edit: LowRankEdit, prompts: _Prompts, checked: States
+    ) -> Iterator[Progress]:
+        frozen = movement_on(
+            self.denoiser, prompts.pairs, checked, edit, self.settings.eta, self._batch
         )
         chosen, noise = self._draw(prompts, SAMPLED_TRAJECTORIES)
-        sampling = self._sampling(SAMPLED_STEPS)
-        sampled = yield from self._follow(
-            movement_sampled(
-                self.denoiser,
-                prompts.null,
-                prompts.pairs,
-                chosen,
-                noise,
-                sampling,
-                edit,
-                settings.eta,
-            ),
-            "Checking on the edited model's own states",
+        sampled = movement_sampled(
+            self.denoiser,
+            prompts.null,
+            prompts.pairs,
+            chosen,
+            noise,
+            self._sampling(SAMPLED_STEPS),
+            edit,
+            self.settings.eta,
         )
-        probe = checked[_evenly(len(checked), NULL_STATES)]
-        drift = lambda tokens, states: self._follow(  # noqa: E731
-            prompt_drift(self.denoiser, tokens, states, edit, batch), "Checking what must stay"
-        )
-        middle = probe[len(probe) // 2 :][:1]
-        null = yield from drift([prompts.null], probe)
-        kept = yield from drift([rows for _, rows in prompts.keep], middle)
-        negatives = yield from drift(prompts.negatives, middle)
-        others = yield from drift(self.denoiser.encode(unnamed), middle)
+        on_frozen = yield from self._follow(frozen, "Checking on held-out states")
+        on_sampled = yield from self._follow(sampled, "Checking on the edited model's own states")
         return {
-            "moved_held_out": _movement(frozen),
-            "moved_sampled": _movement(sampled),
+            "moved_held_out": dataclasses.asdict(on_frozen),
+            "moved_sampled": dataclasses.asdict(on_sampled),
+        }
+
+    def _drifts(
+        self,
+        edit: LowRankEdit,
+        prompts: _Prompts,
+        checked: States,
+        subspace: EditSubspace,
+        unnamed: Sequence[str],
+    ) -> Iterator[Progress]:
+        """Drift of each prompt at one state, the states spread over the noise levels."""
+
+        def drift(tokens: Sequence[Tensor]) -> Iterator[Progress]:
+            states = checked[_evenly(len(checked), len(tokens))]
+            stage = prompt_drift(self.denoiser, tokens, states, edit, self._batch)
+            return (yield from self._follow(stage, "Checking what must stay"))
+
+        null = yield from drift([prompts.null] * NULL_STATES)
+        kept = yield from drift([rows for _, rows in prompts.keep])
+        negatives = yield from drift(prompts.negatives)
+        others = yield from drift(self.denoiser.encode(unnamed))
+        return {
             "null_drift": max(null),
-            "negative_prompts": _drifts(settings.negative_prompts, negatives),
+            "negative_prompts": _with_texts(self.settings.negative_prompts, negatives),
             "kept": [
                 {**dataclasses.asdict(prompt), "drift": change}
                 for prompt, change in zip(subspace.kept, kept, strict=True)
             ],
-            "unnamed": _drifts(unnamed, others),
+            "unnamed": _with_texts(unnamed, others),
             "unnamed_drift": sum(others) / len(others),
-            "null_leakage": leakage(edit.basis.cpu(), prompts.null),
         }
 
     def record(
@@ -334,13 +352,13 @@ def _named_prompts_moment(prompts: _Prompts, subspace: EditSubspace) -> Tensor:
 
 
 def _evenly(count: int, wanted: int) -> Tensor:
-    """At most ``wanted`` indices at even distances, ends included when there are two or more."""
-    return torch.linspace(0, count - 1, min(count, wanted)).round().long()
+    """``wanted`` indices below ``count``, each in the middle of its share of the range.
+
+    Not the ends: at the lowest noise level x0 is x but for rounding, and a drift taken there would
+    be the rounding's.
+    """
+    return ((torch.arange(wanted) + 0.5) * count / wanted).long()
 
 
-def _movement(movement: Movement) -> dict[str, float]:
-    return dataclasses.asdict(movement)
-
-
-def _drifts(prompts: Sequence[str], changes: Sequence[float]) -> list[dict[str, Any]]:
+def _with_texts(prompts: Sequence[str], changes: Sequence[float]) -> list[dict[str, Any]]:
     return [{"text": text, "drift": change} for text, change in zip(prompts, changes, strict=True)]

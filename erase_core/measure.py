@@ -133,21 +133,19 @@ def prompt_drift(
 ) -> Iterator[int]:
     """Relative change of the prediction, ``|eps_th - eps*| / |eps*|``, of each prompt.
 
-    Every prompt is tried at every state. A generator; yields images evaluated, returns a list
-    with one figure a prompt.
+    Prompt i is tried at state i. A generator; yields images evaluated, returns a list with one
+    figure a prompt.
     """
-    changes = []
-    for tokens in prompts:
-        difference = total = 0.0
-        for part in torch.arange(len(states)).split(batch):
-            x, sigma = states.x[part], states.sigma[part]
-            frozen = _predict(denoiser, x, sigma, [tokens] * len(part))
-            edited = _predict(denoiser, x, sigma, [tokens] * len(part), edit)
-            scale = sigma.view(-1, 1, 1, 1)
-            difference += float(((edited - frozen) / scale).double().square().sum())
-            total += float(((x - frozen) / scale).double().square().sum())
-            yield 2 * len(part)
-        changes.append((difference / total) ** 0.5)
+    changes: list[float] = []
+    for start in range(0, len(prompts), batch):
+        part = torch.arange(start, min(start + batch, len(prompts)))
+        x, sigma, tokens = states.x[part], states.sigma[part], [prompts[i] for i in part.tolist()]
+        frozen = _predict(denoiser, x, sigma, tokens)
+        edited = _predict(denoiser, x, sigma, tokens, edit)
+        # eps = (x - x0) / sigma on both sides: the noise level cancels.
+        size = (x - frozen).flatten(1).norm(dim=1)
+        changes += ((edited - frozen).flatten(1).norm(dim=1) / size).tolist()
+        yield 2 * len(part)
     return changes
 
 

@@ -29,7 +29,8 @@ class EraseSettings:
         eta: push beyond the alternative, in multiples of g(a) - g(e). Turns the concept in a
             *negative* prompt around, see :func:`guidance.surgical_target`.
         rank: columns of the shared basis R, i.e. the rank of every weight change.
-        protection: weight of the ridge on ordinary language (mu of the hard form).
+        protection: weight of the ridge on ordinary language (mu of the hard form), in the closed
+            form that training starts from and in training.
         steps: optimiser steps.
         batch: states per optimiser step.
         learning_rate: Adam's step relative to the root mean square of each matrix.
@@ -54,7 +55,7 @@ class EraseSettings:
     protection: float = 1.0
     steps: int = 60
     batch: int = 2
-    learning_rate: float = 0.002
+    learning_rate: float = 0.003
     trajectories: int = 16
     sampling_steps: int = 9
     guidance_scale: float = 5.0
@@ -164,7 +165,7 @@ _ADVICE = {
     "steps": "60 is the balanced preset's choice.",
     "rank": "64 is usual; more only helps when the report says that little is left of the edit.",
     "eta": "0 moves to the alternative, 1 pushes as far again beyond it.",
-    "learning_rate": "0.002 is usual.",
+    "learning_rate": "0.003 is usual; above 0.005 the start is undone.",
     "trajectories": "Two are the least: one to train on, one to check on.",
 }
 

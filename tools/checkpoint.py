@@ -18,7 +18,7 @@ import zlib
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 LAYOUTS = ("one-level", "nano", "two-level")
@@ -149,7 +149,7 @@ def _read_label(path: Path) -> str | None:
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("random_weights")
-    except Exception:  # absent, cut short or something else: in any case not this checkpoint
+    except (OSError, SafetensorError):  # absent or cut short: in any case not this checkpoint
         return None
 
 

@@ -6,8 +6,11 @@ import hashlib
 
 import comfy.lora
 import comfy.model_management
+import comfy.model_patcher
 import comfy.samplers
 import comfy.sd
+import comfy.supported_models
+import comfy.utils
 import pytest
 import torch
 from concept_surgery.erase_core import Finished, PredictionError, erase, preset_settings
@@ -15,7 +18,7 @@ from concept_surgery.erase_core.erasure import Erasure, ErasureFileError
 from concept_surgery.nodes.apply import ApplyError, apply_erasure, mismatches
 from concept_surgery.nodes.files import save_erasure
 from concept_surgery.nodes.host import ComfyDenoiser, UnsupportedModelError, encode_prompts, twin_of
-from concept_surgery.nodes.store import LanguageStore
+from concept_surgery.nodes.store import KEPT_FILES, LanguageStore
 from concept_surgery.nodes.train import TrainErasure
 from safetensors.torch import save_file
 
@@ -294,3 +297,58 @@ def test_nan_in_the_model_ends_the_run_with_advice(checkpoint, loaded, store):
         model.model.diffusion_model.out[2].weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(PredictionError, match="contains NaN"):
         train((model, loaded[1]), store, concept="cat")
+
+
+def test_another_family_is_refused_by_name(loaded):
+    config = comfy.supported_models.SD20(
+        {**loaded[0].model.model_config.unet_config, "context_dim": 1024}
+    )
+    config.set_inference_dtype(torch.float32, None)
+    cpu = torch.device("cpu")
+    model = comfy.model_patcher.ModelPatcher(config.get_model({}, "", device=cpu), cpu, cpu)
+    with pytest.raises(UnsupportedModelError, match="of the family SD20 .* works on SD1.x"):
+        ComfyDenoiser(model, loaded[1], "sd2", 6, 64)
+
+
+def test_prompts_beyond_the_window_are_encoded_whole_and_kept_exact(loaded, store):
+    model, clip = loaded
+    long = ", ".join(f"a {thing} by the sea" for thing in ("boat", "tree", "house", "dog") * 5)
+    one, other = encode_prompts(clip, [long, "a cat"])
+    assert one.shape == (154, 768) and other.shape == (77, 768)
+    for alone, batched in zip(
+        (one, other), encode_prompts(clip, [long, "a cat"], True), strict=True
+    ):
+        torch.testing.assert_close(alone, batched, rtol=1e-4, atol=1e-4)
+    result = train(loaded, store, concept="cat", alternative="dog", keep=(long,), steps=2)
+    (kept,) = result.erasure.record["measures"]["kept"]
+    patched = apply_erasure(model, result.erasure, 1.0)
+    assert kept["exact"] and relative_change(model, patched, one) <= 1e-5
+
+
+def test_training_sees_the_patches_upstream(loaded, finished):
+    model, clip = loaded
+    patched = apply_erasure(model, finished.erasure, 1.0)
+    tokens = encode_prompts(clip, ["a cat"])[0]
+    expected = noise_prediction(patched, tokens, 2.0)
+    with torch.inference_mode(False), ComfyDenoiser(patched, clip, "", 6, 64) as denoiser:
+        assert denoiser.base["fingerprint"] == finished.erasure.record["base"]["fingerprint"]
+        generator = torch.Generator().manual_seed(3)
+        x = torch.randn(1, 4, 8, 8, generator=generator) * 5**0.5
+        x0 = denoiser.predict_x0(x, torch.tensor([2.0]), tokens[None])
+    torch.testing.assert_close((x - x0) / 2.0, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_language_store_survives_damage_and_stays_small(tmp_path):
+    folder = tmp_path / "language"
+    store = LanguageStore(folder)
+    for number in range(KEPT_FILES + 3):
+        store[f"key{number}"] = torch.full((2, 2), float(number))
+    assert len(store) == KEPT_FILES and len(list(folder.iterdir())) == KEPT_FILES
+    newest = f"key{KEPT_FILES + 2}"
+    assert torch.equal(LanguageStore(folder)[newest], store[newest])
+    (folder / f"{newest}.safetensors").write_bytes(b"damaged")
+    assert newest not in LanguageStore(folder)
+    (tmp_path / "file").write_text("")
+    unwritable = LanguageStore(tmp_path / "file" / "folder")
+    unwritable["key"] = torch.ones(1)
+    assert torch.equal(unwritable["key"], torch.ones(1))
