@@ -156,6 +156,20 @@ def with_resident_weights(model):
         ) from error
 
 
+def left_out_of_training(model) -> list[str]:
+    """What upstream nodes put around the network that training does not run, in words."""
+    options = model.model_options
+    around = options.get("transformer_options", {})
+    names = [name for name in ("patches", "patches_replace", "wrappers") if around.get(name)]
+    names += ["model_function_wrapper"] if "model_function_wrapper" in options else []
+    if not names:
+        return []
+    return [
+        f"Training ran without what upstream nodes put around the model ({', '.join(names)}); "
+        "weight patches such as LoRAs were in place."
+    ]
+
+
 def kohya_keys(model) -> dict[str, str]:
     """Host keys of the model's weights by every LoRA name that the host knows for them."""
     return comfy.lora.model_lora_keys_unet(model.model, {})

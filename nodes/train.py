@@ -12,7 +12,7 @@ from comfy_api.v0_0_2 import io
 from ..erase_core import KINDS, PRESETS, EraseSettings, Finished, erase, preset_settings
 from ..erase_core.prompts import prompt_pairs
 from ..erase_core.report import report_text
-from .host import ComfyDenoiser
+from .host import ComfyDenoiser, left_out_of_training
 from .messages import show_progress_text, upstream_file
 from .schema import CATEGORY, ErasureType, compatible
 from .store import LanguageStore
@@ -90,8 +90,10 @@ class TrainErasure(io.ComfyNode):
         with torch.inference_mode(False), torch.enable_grad():
             finished = cls._train(model, clip, settings)
         record = finished.erasure.record
+        # The plot node needs two values that differ; the last one is the loss on held-out states.
         losses = [*finished.losses, 1 - record["measures"]["moved_held_out"]["overall"]]
-        return io.NodeOutput(finished.erasure, {"loss": losses}, report_text(record))
+        report = report_text(record, left_out_of_training(model))
+        return io.NodeOutput(finished.erasure, {"loss": losses}, report)
 
     @classmethod
     def _train(cls, model, clip, settings: EraseSettings) -> Finished:
@@ -157,6 +159,7 @@ def _main_inputs() -> list[Any]:
         io.String.Input(
             "keep",
             multiline=True,
+            placeholder="keep: prompts that must not change, one a line",
             default="",
             tooltip=(
                 "Prompts whose pictures must not change at all, one a line, most important first. "
@@ -166,6 +169,7 @@ def _main_inputs() -> list[Any]:
         io.String.Input(
             "negative_prompts",
             multiline=True,
+            placeholder="negative prompts you use, one a line",
             default="",
             tooltip="Negative prompts you use, one a line. They stay exact, like the empty one.",
         ),
@@ -179,7 +183,7 @@ def _main_inputs() -> list[Any]:
             "preset",
             options=list(PRESETS),
             default="balanced",
-            tooltip="balanced: about a minute on a mid-range card. thorough: three times as long.",
+            tooltip="balanced: about 900 evaluations of the model. thorough: about twice as many.",
         ),
         io.Int.Input(
             "training_seed",

@@ -17,7 +17,13 @@ from concept_surgery.erase_core import Finished, PredictionError, erase, preset_
 from concept_surgery.erase_core.erasure import Erasure, ErasureFileError
 from concept_surgery.nodes.apply import ApplyError, apply_erasure, mismatches
 from concept_surgery.nodes.files import save_erasure
-from concept_surgery.nodes.host import ComfyDenoiser, UnsupportedModelError, encode_prompts, twin_of
+from concept_surgery.nodes.host import (
+    ComfyDenoiser,
+    UnsupportedModelError,
+    encode_prompts,
+    left_out_of_training,
+    twin_of,
+)
 from concept_surgery.nodes.store import KEPT_FILES, LanguageStore
 from concept_surgery.nodes.train import TrainErasure
 from safetensors.torch import save_file
@@ -352,3 +358,12 @@ def test_language_store_survives_damage_and_stays_small(tmp_path):
     unwritable = LanguageStore(tmp_path / "file" / "folder")
     unwritable["key"] = torch.ones(1)
     assert torch.equal(unwritable["key"], torch.ones(1))
+
+
+def test_what_training_leaves_out_is_said(loaded):
+    model = loaded[0].clone()
+    assert left_out_of_training(model) == []
+    model.set_model_unet_function_wrapper(lambda apply, arguments: None)
+    model.set_model_attn2_patch(lambda *arguments: arguments)
+    (note,) = left_out_of_training(model)
+    assert "patches, model_function_wrapper" in note
