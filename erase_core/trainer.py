@@ -83,7 +83,9 @@ class SurgeryTrainer:
                 "guidance to change. Check the spelling, or name a different alternative."
             )
         self._scale = 1 / distance
-        factors = {name: b.to(denoiser.device).requires_grad_() for name, b in start.items()}
+        factors = {
+            name: b.to(denoiser.device, copy=True).requires_grad_() for name, b in start.items()
+        }
         self.edit = LowRankEdit(basis.float().to(denoiser.device), factors)
         self._optimiser = _optimiser(self.edit.factors, denoiser.matrices(), settings)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
