@@ -145,7 +145,8 @@ class _Run:
         self, captions: Sequence[str], cache: MutableMapping[str, Tensor] | None
     ) -> Iterator[Progress]:
         stage = encode_language(self.denoiser, captions, cache)
-        return (yield from self._follow(stage, "Reading ordinary language"))
+        text = "Reading ordinary language, {0[0]} of {0[1]} captions"
+        return (yield from self._follow(stage, text))
 
     def sample(self, prompts: _Prompts) -> Iterator[Progress]:
         """The pool: training states and held-out states, from different trajectories."""
@@ -291,13 +292,17 @@ class _Run:
         return Sampling(self.denoiser.sigmas(steps).cpu(), self.settings.guidance_scale)
 
     def _follow(self, stage_run: Iterator, stage: str) -> Iterator[Progress]:
-        """Run a stage to its end, turning whatever it yields into progress."""
+        """Run a stage to its end, turning what it yields into progress.
+
+        Args:
+            stage: its name; ``{0}`` in it stands for what was yielded.
+        """
         while True:
             try:
-                next(stage_run)
+                item = next(stage_run)
             except StopIteration as end:
                 return end.value
-            yield self.progress(stage)
+            yield self.progress(stage.format(item))
 
     def _planned_cost(self) -> int:
         settings = self.settings

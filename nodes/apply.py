@@ -94,10 +94,12 @@ def apply_erasure(model, erasure: Erasure, strength: float):
         return patched
     patches = comfy.lora.load_lora(kohya_tensors(erasure.basis, erasure.factors), keys)
     accepted = patched.add_patches(patches, strength)
-    if set(accepted) != set(keys.values()):
+    sent = set(keys.values())
+    if set(accepted) != sent:
         raise ApplyError(
-            f"The host took {len(accepted)} of {len(keys)} changes of the erasure of "
-            f"{erasure.concept!r}; refused: {_some(set(keys.values()) - set(accepted))}."
+            f"The host took {len(accepted)} of the {len(sent)} changes of the erasure of "
+            f"{erasure.concept!r}. Sent and not taken: {_some(sent - set(accepted))}; taken: "
+            f"{_some(accepted)}. The model was left as it was; connect the MODEL of a core loader."
         )
     patched.set_attachments(ATTACHMENT, (*applied, erasure.identity))
     return patched

@@ -179,7 +179,10 @@ class _Progress:
         if event["type"] == "executing":
             self._enter(data.get("node"))
         elif event["type"] == "progress" and data.get("node") == self._node:
-            self._show(f"{self._label()}: step {data['value']} of {data['max']}")
+            share = data["value"] / data["max"]
+            self._show(f"{self._label()}: {share:.0%}")
+        elif event["type"] == "progress_text" and data.get("node") == self._node:
+            self._show(f"{self._label()}: {data['text']}")
 
     def close(self) -> None:
         """End the line, so that what follows starts on its own."""

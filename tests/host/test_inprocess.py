@@ -367,3 +367,19 @@ def test_what_training_leaves_out_is_said(loaded):
     model.set_model_attn2_patch(lambda *arguments: arguments)
     (note,) = left_out_of_training(model)
     assert "patches, model_function_wrapper" in note
+
+
+class ForgetfulPatcher(comfy.model_patcher.ModelPatcher):
+    """A third-party patcher that drops what it doesn't like without a word."""
+
+    def add_patches(self, patches, *arguments, **keywords):
+        fewer = dict(list(patches.items())[1:])
+        return super().add_patches(fewer, *arguments, **keywords)
+
+
+def test_keys_that_the_host_drops_are_named(loaded, finished):
+    cpu = torch.device("cpu")
+    model = ForgetfulPatcher(loaded[0].model, cpu, cpu)
+    with pytest.raises(ApplyError, match="took 7 of the 8 .* not taken: diffusion_model.* taken:"):
+        apply_erasure(model, finished.erasure, 1.0)
+    assert not model.patches
