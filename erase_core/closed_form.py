@@ -1,7 +1,7 @@
 """The edit in closed form: where training starts.
 
 Keys and values are linear in the token embeddings, so asking ``(W + B R^T) C_e = W C_a`` for all
-training prompts is a ridge regression with the solution ``B = W M``, one small M for all matrices.
+training prompts is a ridge regression with the solution ``B = W A``, one small A for all matrices.
 It needs no prediction of the model at all.
 """
 
@@ -29,14 +29,16 @@ def closed_form_factors(
 ) -> dict[str, Tensor]:
     """B by matrix name, (out, rank) float32 on each matrix's device.
 
-    Minimises ``mean |W (C_a - C_e) - B R^T C_e|^2 + ridge tr(B S B^T)`` with ``S = R^T M R``.
+    Minimises ``mean |W (C_a - C_e) - B R^T C_e|^2 + ridge tr(B S B^T)`` with ``S = R^T M R``,
+    M being the second moment of ordinary language.
 
     Args:
         matrices: W by name, (out, width).
         basis: R, (width, rank).
         erased: token embeddings of the prompts with the concept, (tokens, width) each.
         alternative: the embedding that stands for each of those tokens, same shapes.
-        moment: second moment of ordinary language, (width, width).
+        moment: M, (width, width).
+        ridge: strength of the protection; 0 leaves ordinary language unprotected.
     """
     basis = basis.double().cpu()
     source, target = torch.cat(list(erased)).double(), torch.cat(list(alternative)).double()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .denoiser import Denoiser, LowRankEdit, stack_tokens
 from .guidance import guidance_term, moved, surgical_target
-from .states import EncodedPair, Sampling, States, check_finite, euler_step
+from .states import EncodedPair, Sampling, States, check_finite, euler_step, states_at
 
 
 @dataclass(frozen=True)
@@ -95,19 +95,10 @@ def movement_sampled(
         frozen = _predict(denoiser, x.repeat(3, 1, 1, 1), levels.repeat(3), frozen_tokens)
         student = _predict(denoiser, x, levels, erased, edit)
         check_finite(student, float(sigma))
-        x0_null, x0_erased, x0_alternative = frozen.chunk(3)
-        students.append(guidance_term(x0_null, student, levels))
-        parts.append(
-            States(
-                x=x,
-                sigma=levels,
-                x0_null=x0_null,
-                g_erased=guidance_term(x0_null, x0_erased, levels),
-                g_alternative=guidance_term(x0_null, x0_alternative, levels),
-                pair=torch.tensor(chosen),
-            )
-        )
-        x = euler_step(x, x0_null, student, sigma, sigma_next, sampling.guidance_scale)
+        states = states_at(x, levels, frozen, chosen)
+        students.append(guidance_term(states.x0_null, student, levels))
+        parts.append(states)
+        x = euler_step(x, states.x0_null, student, sigma, sigma_next, sampling.guidance_scale)
         yield 4 * count
     return summarise(torch.cat(students), States.join(parts), eta)
 

@@ -109,21 +109,32 @@ def sample_states(
         with torch.no_grad():
             x0 = denoiser.predict_x0(x.repeat(3, 1, 1, 1), levels.repeat(3), tokens)
         check_finite(x0, float(sigma))
+        parts.append(states_at(x, levels, x0, chosen))
         x0_null, x0_erased, x0_alternative = x0.chunk(3)
-        parts.append(
-            States(
-                x=x.cpu(),
-                sigma=levels.cpu(),
-                x0_null=x0_null.cpu(),
-                g_erased=guidance_term(x0_null, x0_erased, levels).cpu(),
-                g_alternative=guidance_term(x0_null, x0_alternative, levels).cpu(),
-                pair=torch.tensor(chosen),
-            )
-        )
         x0_prompt = torch.where(drives, x0_erased, x0_alternative)
         x = euler_step(x, x0_null, x0_prompt, sigma, sigma_next, sampling.guidance_scale)
         yield x0.shape[0]
     return States.join(parts)
+
+
+def states_at(x: Tensor, sigma: Tensor, x0: Tensor, chosen: Sequence[int]) -> States:
+    """States from one evaluation of the frozen model on the batch ``[0, e, a]``.
+
+    Args:
+        x: (n, c, h, w) latents.
+        sigma: (n,) noise levels.
+        x0: (3 n, c, h, w) predictions under the null prompt, then ``e``, then ``a``.
+        chosen: prompt pair of each latent.
+    """
+    x0_null, x0_erased, x0_alternative = x0.chunk(3)
+    return States(
+        x=x.cpu(),
+        sigma=sigma.cpu(),
+        x0_null=x0_null.cpu(),
+        g_erased=guidance_term(x0_null, x0_erased, sigma).cpu(),
+        g_alternative=guidance_term(x0_null, x0_alternative, sigma).cpu(),
+        pair=torch.tensor(chosen),
+    )
 
 
 def euler_step(

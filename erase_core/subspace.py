@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -73,10 +74,16 @@ def edit_subspace(
         rank: most columns R may have.
 
     Raises:
-        SubspaceError: the required prompts alone leave less than 10 % of the edit direction.
+        SubspaceError: the required prompts alone leave less than 10 % of the edit direction, or
+            the embeddings don't differ or aren't finite.
     """
     edits = edits.double().cpu()
     total = float(edits.square().sum())
+    if not isfinite(total):
+        raise SubspaceError(
+            "The text encoder's embeddings contain NaN or infinity. Load the CLIP in fp32 or bf16, "
+            "and check that it encodes ordinary prompts."
+        )
     if total == 0:
         raise SubspaceError(
             "The text encoder gives the concept and its alternative the same embeddings, so there "

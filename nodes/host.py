@@ -75,7 +75,6 @@ class ComfyDenoiser:
 
     def encode(self, prompts: Sequence[str], together: bool = False) -> list[Tensor]:
         """See :class:`erase_core.denoiser.Denoiser`."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
         return encode_prompts(self._clip, prompts, together)
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -225,6 +224,7 @@ def encode_prompts(clip, prompts: Sequence[str], together: bool = False) -> list
 
 
 def _encode_tokens(clip, tokens: Mapping[str, Any]) -> Tensor:
+    comfy.model_management.throw_exception_if_processing_interrupted()
     # The encoder's weights are inference tensors: run it as the host does, copy what comes out.
     with torch.inference_mode():
         rows = clip.encode_from_tokens(tokens)

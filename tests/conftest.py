@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for `tools` alone; taken off before the host comes in
+sys.path.insert(0, str(ROOT))  # for `tools`; use_host() puts the host's folder in front of it
 from tools.pack import load_pack, use_host  # noqa: E402
 
 use_host()

@@ -65,6 +65,11 @@ def test_no_difference_is_refused():
         edit_subspace(torch.zeros(4, WIDTH), [], [], 4)
 
 
+def test_embeddings_that_are_not_finite_are_refused():
+    with pytest.raises(SubspaceError, match="contain NaN"):
+        edit_subspace(torch.full((4, WIDTH), float("nan")), [rows(2, 0)], [], 4)
+
+
 def test_closed_form_solves_the_ridge_regression():
     weight, erased, other = rows(20, 1).contiguous(), rows(60, 2), rows(60, 3)
     basis = torch.linalg.qr(rows(6, 4).T.double()).Q
