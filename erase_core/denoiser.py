@@ -17,12 +17,26 @@ class LowRankEdit:
     """The weight changes ``dW = B R^T`` of the trained matrices.
 
     Attributes:
-        basis: R, (width, rank), orthonormal columns, shared by all matrices.
+        bases: R by matrix name, each (width, rank). In the hard form it is one and the same
+            tensor for all matrices.
         factors: B by matrix name, each (out, rank).
     """
 
-    basis: Tensor
+    bases: Mapping[str, Tensor]
     factors: Mapping[str, Tensor]
+
+    @classmethod
+    def shared(cls, basis: Tensor, factors: Mapping[str, Tensor]) -> LowRankEdit:
+        """An edit whose matrices all have the same R."""
+        return cls(dict.fromkeys(factors, basis), factors)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> LowRankEdit:
+        """The edit on a device, detached; bases that were one tensor stay one."""
+        moved = {id(r): r.detach().to(device, dtype) for r in self.bases.values()}
+        return LowRankEdit(
+            {name: moved[id(r)] for name, r in self.bases.items()},
+            {name: b.detach().to(device, dtype) for name, b in self.factors.items()},
+        )
 
 
 class Denoiser(Protocol):
@@ -106,7 +120,10 @@ class LowRankSidePath:
         def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if self._edit is None:
                 return None
-            basis, factor = self._edit.basis, self._edit.factors[name]
+            factor = self._edit.factors.get(name)
+            if factor is None:
+                return None
+            basis = self._edit.bases[name]
             projected = inputs[0].to(basis.dtype) @ basis
             return output + (projected @ factor.T).to(output.dtype)
 

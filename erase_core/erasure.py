@@ -27,28 +27,31 @@ class Erasure:
     """A finished erasure.
 
     Attributes:
-        basis: R, (width, rank) float32.
+        bases: R by kohya LoRA name, each (width, rank) float32; the same tensor where it is shared.
         factors: B by kohya LoRA name, each (out, rank) float32.
         record: what it is and how it was made, plain JSON values.
     """
 
-    basis: Tensor
+    bases: Mapping[str, Tensor]
     factors: Mapping[str, Tensor]
     record: Mapping[str, Any]
 
     @classmethod
     def from_edit(cls, edit: LowRankEdit, record: Mapping[str, Any]) -> Erasure:
         """An erasure from a trained edit, moved to the CPU."""
-        factors = {name: b.detach().float().cpu().clone() for name, b in edit.factors.items()}
-        return cls(edit.basis.float().cpu().clone(), factors, record)
+        edit = edit.to("cpu")
+        return cls(edit.bases, edit.factors, record)
 
     @cached_property
     def identity(self) -> str:
         """Hash of the trained values: what makes two erasures the same."""
-        digest = hashlib.sha256(self.basis.numpy().tobytes())
+        digest, last = hashlib.sha256(), None
         for name in sorted(self.factors):
             digest.update(name.encode())
             digest.update(self.factors[name].contiguous().numpy().tobytes())
+            if self.bases[name] is not last:
+                last = self.bases[name]
+                digest.update(last.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @property
@@ -58,17 +61,16 @@ class Erasure:
 
     @property
     def rank(self) -> int:
-        """Columns of R."""
-        return self.basis.shape[1]
+        """Columns of the widest R."""
+        return max(basis.shape[1] for basis in self.bases.values())
 
     def delta(self, name: str) -> Tensor:
         """``dW = B R^T`` of one matrix, (out, width)."""
-        return self.factors[name] @ self.basis.T
+        return self.factors[name] @ self.bases[name].T
 
     def edit(self, device: torch.device | str = "cpu") -> LowRankEdit:
         """The erasure as an edit that a denoiser can run with."""
-        factors = {name: b.to(device) for name, b in self.factors.items()}
-        return LowRankEdit(self.basis.to(device), factors)
+        return LowRankEdit(self.bases, self.factors).to(device)
 
     def save(self, path: Path) -> None:
         """Write the erasure as a LoRA file under kohya names, float32.
@@ -76,7 +78,7 @@ class Erasure:
         Raises:
             ErasureFileError: the folder can't be written; nothing is left behind.
         """
-        tensors = formats.kohya_tensors(self.basis, self.factors)
+        tensors = formats.kohya_tensors(self.bases, self.factors)
         try:
             formats.write_safetensors(path, tensors, formats.metadata(self.record, tensors))
         except OSError as error:
@@ -116,7 +118,7 @@ class Erasure:
             )
         try:
             record = json.loads(metadata[formats.RECORD_KEY])
-            basis, factors = formats.read_kohya_tensors(tensors)
+            bases, factors = formats.read_kohya_tensors(tensors)
         except ValueError as error:
             raise ErasureFileError(f"{name} is damaged: {error} Get the file again.") from error
-        return cls(basis, factors, record)
+        return cls(bases, factors, record)

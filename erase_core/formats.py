@@ -21,40 +21,45 @@ ARCHITECTURES = {"SD1.x": "stable-diffusion-v1/lora"}
 KOHYA_BASES = {"SD1.x": "sd_v1"}
 
 
-def kohya_tensors(basis: Tensor, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def kohya_tensors(bases: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``dW = B R^T`` as a kohya LoRA: up = B, down = R^T, alpha = rank.
 
     Every matrix gets its own copy of R^T, since that is what readers of the format expect.
     """
     tensors = {}
     for name, factor in factors.items():
+        basis = bases[name]
         tensors[name + DOWN] = basis.T.contiguous().clone()
         tensors[name + UP] = factor.contiguous()
         tensors[name + ALPHA] = torch.tensor(float(basis.shape[1]))
     return tensors
 
 
-def read_kohya_tensors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """R and the factors B from the tensors of a file.
+def read_kohya_tensors(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """R and B by matrix name from the tensors of a file; equal R come back as one tensor.
 
     Raises:
-        ValueError: a tensor is missing, misshapen or not finite, or R differs between matrices.
+        ValueError: a tensor is missing, misshapen or not finite.
     """
     names = [key[: -len(UP)] for key in tensors if key.endswith(UP)]
     expected = {name + suffix for name in names for suffix in (DOWN, UP, ALPHA)}
     if not names or expected != set(tensors):
         odd = sorted(expected.symmetric_difference(tensors))[:3]
         raise ValueError(f"its tensors are not those of an erasure (for example {odd}).")
-    basis = tensors[names[0] + DOWN].float().T.contiguous()
+    bases: dict[str, Tensor] = {}
     factors = {}
+    last = None
     for name in names:
         up, down = tensors[name + UP].float(), tensors[name + DOWN].float()
-        if down.shape != basis.T.shape or not torch.equal(down, basis.T):
-            raise ValueError(f"the basis of {name} differs from the others'.")
-        if up.ndim != 2 or up.shape[1] != basis.shape[1] or not torch.isfinite(up).all():
+        fits = up.ndim == down.ndim == 2 and up.shape[1] == down.shape[0]
+        if not fits or not (torch.isfinite(up).all() and torch.isfinite(down).all()):
             raise ValueError(f"the values of {name} have a wrong shape or are not finite.")
-        factors[name] = up
-    return basis, factors
+        if last is None or not torch.equal(down.T, last):
+            last = down.T.contiguous()
+        bases[name], factors[name] = last, up
+    return bases, factors
 
 
 def metadata(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:

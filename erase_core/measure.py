@@ -150,7 +150,7 @@ def key_value_drift(erasure: LowRankEdit, matrices: Mapping[str, Tensor], tokens
     changes = []
     for name, factor in erasure.factors.items():
         before = tokens @ matrices[name].float().cpu().T
-        change = (tokens @ erasure.basis.cpu()) @ factor.cpu().T
+        change = (tokens @ erasure.bases[name].cpu()) @ factor.cpu().T
         changes.append(float(change.norm() / before.norm().clamp(min=1e-12)))
     return max(changes)
 

@@ -86,7 +86,7 @@ class SurgeryTrainer:
         factors = {
             name: b.to(denoiser.device, copy=True).requires_grad_() for name, b in start.items()
         }
-        self.edit = LowRankEdit(basis.float().to(denoiser.device), factors)
+        self.edit = LowRankEdit.shared(basis.float().to(denoiser.device), factors)
         self._optimiser = _optimiser(self.edit.factors, denoiser.matrices(), settings)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimiser, _warmup_then_cosine(settings.steps)
@@ -132,7 +132,7 @@ class SurgeryTrainer:
     def result(self) -> LowRankEdit:
         """The edit so far, detached."""
         factors = {name: b.detach().clone() for name, b in self.edit.factors.items()}
-        return LowRankEdit(self.edit.basis, factors)
+        return LowRankEdit(self.edit.bases, factors)
 
 
 def _optimiser(

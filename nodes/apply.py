@@ -92,7 +92,7 @@ def apply_erasure(model, erasure: Erasure, strength: float):
     patched = model.clone()
     if strength == 0:
         return patched
-    patches = comfy.lora.load_lora(kohya_tensors(erasure.basis, erasure.factors), keys)
+    patches = comfy.lora.load_lora(kohya_tensors(erasure.bases, erasure.factors), keys)
     accepted = patched.add_patches(patches, strength)
     sent = set(keys.values())
     if set(accepted) != sent:
@@ -145,7 +145,7 @@ def _matching_keys(model, erasure: Erasure) -> dict[str, str]:
     keys = {name: known[name] for name in erasure.factors}
     weights = original_weights(model, keys)
     for name, factor in erasure.factors.items():
-        expected = (factor.shape[0], erasure.basis.shape[0])
+        expected = (factor.shape[0], erasure.bases[name].shape[0])
         if tuple(weights[name].shape) != expected:
             raise ApplyError(
                 f"The erasure of {erasure.concept!r} has the shape {expected} at {name}, the "

@@ -105,7 +105,7 @@ def test_an_erasure_survives_its_file(tmp_path):
     erasure.save(tmp_path / "a.safetensors")
     again = Erasure.load(tmp_path / "a.safetensors")
     assert again.identity == erasure.identity and again.record == erasure.record
-    torch.testing.assert_close(again.delta("key"), erasure.factors["key"] @ erasure.basis.T)
+    torch.testing.assert_close(again.delta("key"), erasure.factors["key"] @ erasure.bases["key"].T)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 

@@ -219,7 +219,7 @@ def test_file_is_a_lora_that_the_stock_code_loads_alike(loaded, finished, tmp_pa
 
 def test_saving_never_overwrites_and_the_same_twice_is_one_file(finished, tmp_path):
     other = Erasure(
-        finished.erasure.basis,
+        {"lora_unet_x": torch.ones(3, finished.erasure.rank)},
         {"lora_unet_x": torch.ones(2, finished.erasure.rank)},
         finished.erasure.record,
     )
@@ -277,7 +277,7 @@ def test_another_base_is_a_warning_and_another_shape_an_error(loaded, finished):
         apply_erasure(nano, finished.erasure, 1.0)
     wrong = {name: b[:-1] for name, b in finished.erasure.factors.items()}
     with pytest.raises(ApplyError, match="has the shape"):
-        apply_erasure(model, Erasure(finished.erasure.basis, wrong, finished.erasure.record), 1.0)
+        apply_erasure(model, Erasure(finished.erasure.bases, wrong, finished.erasure.record), 1.0)
     with pytest.raises(ApplyError, match="between -5 and 5"):
         apply_erasure(model, finished.erasure, 6.0)
 
