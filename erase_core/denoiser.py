@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import lcm
@@ -30,12 +30,19 @@ class LowRankEdit:
         """An edit whose matrices all have the same R."""
         return cls(dict.fromkeys(factors, basis), factors)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> LowRankEdit:
-        """The edit on a device, detached; bases that were one tensor stay one."""
-        moved = {id(r): r.detach().to(device, dtype) for r in self.bases.values()}
+    def to(self, device: torch.device | str) -> LowRankEdit:
+        """The edit on a device in float32, detached; bases that were one tensor stay one."""
+        return self._each(lambda tensor: tensor.detach().to(device, torch.float32))
+
+    def copy(self) -> LowRankEdit:
+        """The edit in memory of its own."""
+        return self._each(torch.clone)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> LowRankEdit:
+        changed = {id(basis): change(basis) for basis in self.bases.values()}
         return LowRankEdit(
-            {name: moved[id(r)] for name, r in self.bases.items()},
-            {name: b.detach().to(device, dtype) for name, b in self.factors.items()},
+            {name: changed[id(basis)] for name, basis in self.bases.items()},
+            {name: change(factor) for name, factor in self.factors.items()},
         )
 
 
@@ -83,7 +90,11 @@ class Denoiser(Protocol):
         """
 
     def matrices(self) -> Mapping[str, Tensor]:
-        """The matrices that read token embeddings, (out, width), by their kohya LoRA name."""
+        """The matrices that train, (out, width), by their kohya LoRA name.
+
+        Those that :func:`layers.reads_prompt` names are applied to token embeddings and to nothing
+        else; the hard form has only these.
+        """
 
 
 class LowRankSidePath:

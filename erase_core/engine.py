@@ -1,4 +1,4 @@
-"""One erasure from settings to artefact: encode, choose the subspace, sample, train, measure."""
+"""One erasure from settings to artefact: encode, solve, sample, train, measure."""
 
 from __future__ import annotations
 
@@ -12,29 +12,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .closed_form import RIDGE, align_tokens, closed_form_factors
+from .checks import UNNAMED_PROMPTS, Checks, planned_checks, spread_over
+from .closed_form import ClosedForm, EditRegression
 from .denoiser import Denoiser, LowRankEdit
+from .encoded import EncodedPrompts, encode_prompts
 from .erasure import Erasure
 from .fingerprint import fingerprint
 from .language import encode_language, plain_captions, second_moment, spread
-from .measure import CountedDenoiser, movement_on, movement_sampled, prompt_drift
-from .prompts import prompt_pairs
+from .layers import reads_prompt
+from .measure import CountedDenoiser, movement_on
+from .prompts import prompt_warnings
+from .protection import Choice, strongest_that_moves
 from .settings import EraseSettings
-from .states import EncodedPair, Sampling, States, sample_states
-from .subspace import EditSubspace, edit_subspace, leakage
-from .trainer import Ridge, SurgeryTrainer
+from .states import Sampling, States, Trajectories, draw_pairs, sample_states
+from .subspace import ExactSet, KeptPrompt, SubspaceError, exact_set
+from .trainer import Pool, Ridge, SurgeryTrainer, TrainingError
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 
-HELD_OUT_STATES = 18
-SAMPLED_TRAJECTORIES = 2
-SAMPLED_STEPS = 6
-NULL_STATES = 2
-UNNAMED_PROMPTS = 8
+# States on which a protection is tried, and the early stop is decided: few, since they are only
+# compared with each other.
+TRIED_STATES = 12
+EXPECTED_TRIES = 2
+STOP_STATES = 6
+STOP_EVERY = 10
+# A concept of which less than this moves is not erased; better to say so than to hand it on.
+LEAST_MOVED = 0.5
 
 # Weight of the alternative's and the approximate keep prompts' own second moment beside that of
 # ordinary language. They are few prompts among a thousand, but the user named them.
 NAMED_PROMPT_WEIGHT = 1.0
+# The same for what the soft form must hold without a construction.
+SOFT_NULL_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,8 @@ class Progress:
 
     Attributes:
         stage: what it is doing, in words.
-        done, total: forward-equivalents spent and planned.
+        done, total: forward-equivalents spent and planned; the plan shrinks when a stage needs
+            less than it might have.
         loss: surgery loss of the latest step, from about 1 (nothing moved) to 0; None before.
     """
 
@@ -83,44 +93,42 @@ def erase(
             learned so far is measured and returned.
 
     Raises:
-        SettingsError, SubspaceError, PredictionError, TrainingError: see there.
+        SettingsError, LayerRuleError, SubspaceError, PredictionError, TrainingError: see there.
     """
     run = _Run(settings, denoiser)
     yield run.progress("Reading the prompts")
-    prompts = _encode_prompts(settings, denoiser)
+    prompts = encode_prompts(settings, denoiser)
     captions = plain_captions(settings.captions)
     unnamed = spread(captions, UNNAMED_PROMPTS)
     moment = yield from run.language([c for c in captions if c not in unnamed], language_cache)
-    subspace = edit_subspace(
-        _edit_rows(prompts.pairs), [prompts.null, *prompts.negatives], prompts.keep, settings.rank
-    )
-    training, held_out = yield from run.sample(prompts)
-    moment = moment + _named_prompts_moment(prompts, subspace)
-    ridge = Ridge(denoiser.matrices(), subspace.basis, moment)
-    start = closed_form_factors(
-        denoiser.matrices(),
-        subspace.basis,
-        [pair.erased for pair in prompts.pairs],
-        [pair.alternative[roles] for pair, roles in zip(prompts.pairs, prompts.roles, strict=True)],
-        moment,
-        RIDGE * settings.protection,
-    )
-    trainer = SurgeryTrainer(
-        run.denoiser, prompts.pairs, training, subspace.basis, start, ridge, settings
-    )
-    yield from run.train(trainer, should_stop)
-    measures = yield from run.measure(trainer.result(), prompts, held_out, subspace, unnamed)
-    record = run.record(prompts, subspace, measures)
-    yield Finished(Erasure.from_edit(trainer.result(), record), run.losses)
-
-
-@dataclass(frozen=True)
-class _Prompts:
-    pairs: list[EncodedPair]
-    roles: list[list[int]]
-    null: Tensor
-    negatives: list[Tensor]
-    keep: list[tuple[str, Tensor]]
+    exact = _exact(settings, prompts)
+    moment = moment + _named_moment(settings, prompts, exact)
+    readers = {name: w for name, w in run.matrices.items() if reads_prompt(name)}
+    training, held_out, kept_states = yield from run.sample(prompts)
+    choice = None
+    if readers:
+        regression = EditRegression(prompts.edits, exact.basis, moment, readers)
+        choice = yield from run.choose(regression, prompts, held_out, readers)
+        _refuse_if_too_little_moves(settings, choice.moved)
+    solution = choice.solution if choice else None
+    edit = _start(settings, solution, run.matrices)
+    if settings.steps:
+        pool = Pool(prompts.pairs, training, prompts.null, _held(prompts), kept_states)
+        trainer = SurgeryTrainer(
+            run.denoiser,
+            pool,
+            edit,
+            solution.columns if solution else [],
+            Ridge(run.matrices, moment, denoiser.device),
+            choice.ridge / solution.distance if choice else 0.0,
+            settings,
+        )
+        yield from run.train(trainer, prompts, held_out, should_stop)
+        edit = trainer.result()
+    checks = Checks(settings, run.denoiser, prompts, run.matrices, run.generator)
+    measures = yield from run.follow_stage("checks", checks.run(edit, exact, held_out, unnamed))
+    record = run.record(prompts, exact, choice, edit, measures)
+    yield Finished(Erasure.from_edit(edit, record), run.losses)
 
 
 class _Run:
@@ -129,17 +137,18 @@ class _Run:
     def __init__(self, settings: EraseSettings, denoiser: Denoiser) -> None:
         self.settings = settings
         self.denoiser = CountedDenoiser(denoiser)
+        self.matrices = dict(denoiser.matrices())
         self.losses: list[float] = []
-        self._generator = torch.Generator().manual_seed(settings.seed)
+        self.converged = False
+        self.generator = torch.Generator().manual_seed(settings.seed)
         self._started = time.monotonic()
         self._shape = denoiser.latent_shape(settings.resolution)
-        self._batch = 3 * settings.batch  # what the pool was sampled with fits the device
-        self._total = self._planned_cost()
+        self._plan = self._planned_cost()
 
     def progress(self, stage: str) -> Progress:
         loss = self.losses[-1] if self.losses else None
-        done = self.denoiser.forward_equivalents
-        return Progress(stage, min(done, self._total), self._total, loss)
+        done, total = self.denoiser.forward_equivalents, sum(self._plan.values())
+        return Progress(stage, done, max(done, total), loss)
 
     def language(
         self, captions: Sequence[str], cache: MutableMapping[str, Tensor] | None
@@ -148,148 +157,156 @@ class _Run:
         text = "Reading ordinary language, {0[0]} of {0[1]} captions"
         return (yield from self._follow(stage, text))
 
-    def sample(self, prompts: _Prompts) -> Iterator[Progress]:
-        """The pool: training states and held-out states, from different trajectories."""
-        count = self.settings.trajectories
-        held_out = max(1, count // 4)
-        training = yield from self._trajectories(prompts, count - held_out, "Sampling states")
-        checking = yield from self._trajectories(prompts, held_out, "Sampling states to check on")
-        return training, checking
+    def sample(self, prompts: EncodedPrompts) -> Iterator[Progress]:
+        """The pool: states to train on, to check on, and of what the soft form holds.
 
-    def train(self, trainer: SurgeryTrainer, should_stop: Callable[[], bool]) -> Iterator[Progress]:
+        The first two come from different trajectories. All are None where nothing is sampled.
+        """
+        if not self.settings.samples:
+            return None, None, None
+        training, checking = self._trajectory_counts()
+        pool = None
+        if training:
+            pool = yield from self._pairs(prompts, training, "Sampling states")
+        held_out = yield from self._pairs(prompts, checking, "Sampling states to check on")
+        _refuse_if_nothing_to_move(self.settings, held_out if pool is None else pool)
+        kept = _held(prompts)
+        kept_states = None
+        if self.settings.form == "soft" and kept:
+            noise = torch.randn(len(kept), *self._shape, generator=self.generator)
+            wanted = Trajectories([[k] for k in kept], [0] * len(kept), range(len(kept)), noise)
+            kept_states = yield from self._sample(prompts, wanted, "Sampling states to keep")
+        self._plan["pool"] = self.denoiser.forward_equivalents
+        return pool, held_out, kept_states
+
+    def choose(
+        self,
+        regression: EditRegression,
+        prompts: EncodedPrompts,
+        held_out: States | None,
+        readers: dict[str, Tensor],
+    ) -> Iterator[Progress]:
+        """The closed form with the user's ridge, or with the strongest that moves far enough."""
+        settings = self.settings
+        if settings.protection is not None:
+            self._plan["protection"] = 0
+            solution = regression.solve(settings.protection, settings.rank)
+            return Choice(solution, settings.protection, solution.moved)
+        moves = None
+        if held_out is not None:
+
+            def moves(solution: ClosedForm) -> Iterator[int]:
+                edit = LowRankEdit.shared(solution.basis.float(), solution.factors(readers))
+                edit = edit.to(self.denoiser.device)
+                checked = spread_over(held_out, prompts.pairs, tried_states(settings))
+                movement = yield from self._movement(edit, prompts, checked)
+                return movement.concepts
+
+        stage = strongest_that_moves(regression, settings.rank, moves)
+        return (yield from self.follow_stage("protection", stage, "Choosing the protection"))
+
+    def train(
+        self,
+        trainer: SurgeryTrainer,
+        prompts: EncodedPrompts,
+        held_out: States,
+        should_stop: Callable[[], bool],
+    ) -> Iterator[Progress]:
+        """All steps, unless the caller stops or the held-out residual stays under the threshold."""
+        before, low = self.denoiser.forward_equivalents, 0
+        checked = spread_over(held_out, prompts.pairs, STOP_STATES * len(self.settings.concepts))
         for loss in trainer.run(should_stop):
             self.losses.append(loss)
             yield self.progress(f"Training, step {len(self.losses)} of {self.settings.steps}")
-
-    def measure(
-        self,
-        edit: LowRankEdit,
-        prompts: _Prompts,
-        held_out: States,
-        subspace: EditSubspace,
-        unnamed: Sequence[str],
-    ) -> Iterator[Progress]:
-        """Movement on held-out and on sampled states, drift of everything that should stay."""
-        by_sigma = held_out[held_out.sigma.argsort(descending=True, stable=True)]
-        checked = by_sigma[_evenly(len(held_out), min(len(held_out), HELD_OUT_STATES))]
-        moved = yield from self._movements(edit, prompts, checked)
-        drift = yield from self._drifts(edit, prompts, checked, subspace, unnamed)
-        return {**moved, **drift, "null_leakage": leakage(subspace.basis, prompts.null)}
-
-    def _movements(
-        self, edit: LowRankEdit, prompts: _Prompts, checked: States
-    ) -> Iterator[Progress]:
-        frozen = movement_on(
-            self.denoiser, prompts.pairs, checked, edit, self.settings.eta, self._batch
-        )
-        chosen, noise = self._draw(prompts, SAMPLED_TRAJECTORIES)
-        sampled = movement_sampled(
-            self.denoiser,
-            prompts.null,
-            prompts.pairs,
-            chosen,
-            noise,
-            self._sampling(SAMPLED_STEPS),
-            edit,
-            self.settings.eta,
-        )
-        on_frozen = yield from self._follow(frozen, "Checking on held-out states")
-        on_sampled = yield from self._follow(sampled, "Checking on the edited model's own states")
-        return {
-            "moved_held_out": dataclasses.asdict(on_frozen),
-            "moved_sampled": dataclasses.asdict(on_sampled),
-        }
-
-    def _drifts(
-        self,
-        edit: LowRankEdit,
-        prompts: _Prompts,
-        checked: States,
-        subspace: EditSubspace,
-        unnamed: Sequence[str],
-    ) -> Iterator[Progress]:
-        """Drift of each prompt at one state, the states spread over the noise levels."""
-
-        def drift(tokens: Sequence[Tensor]) -> Iterator[Progress]:
-            states = checked[_evenly(len(checked), len(tokens))]
-            stage = prompt_drift(self.denoiser, tokens, states, edit, self._batch)
-            return (yield from self._follow(stage, "Checking what must stay"))
-
-        null = yield from drift([prompts.null] * NULL_STATES)
-        kept = yield from drift([rows for _, rows in prompts.keep])
-        negatives = yield from drift(prompts.negatives)
-        others = yield from drift(self.denoiser.encode(unnamed))
-        return {
-            "null_drift": max(null),
-            "negative_prompts": _with_texts(self.settings.negative_prompts, negatives),
-            "kept": [
-                {**dataclasses.asdict(prompt), "drift": change}
-                for prompt, change in zip(subspace.kept, kept, strict=True)
-            ],
-            "unnamed": _with_texts(unnamed, others),
-            "unnamed_drift": sum(others) / len(others),
-        }
+            if self.settings.stop_below and len(self.losses) % STOP_EVERY == 0:
+                movement = yield from self._follow(
+                    self._movement(trainer.result(), prompts, checked),
+                    "Checking on held-out states",
+                )
+                low = low + 1 if 1 - min(movement.concepts) < self.settings.stop_below else 0
+                if low == 2:
+                    self.converged = True
+                    break
+        self._plan["training"] = self.denoiser.forward_equivalents - before
 
     def record(
-        self, prompts: _Prompts, subspace: EditSubspace, measures: dict[str, Any]
+        self,
+        prompts: EncodedPrompts,
+        exact: ExactSet,
+        choice: Choice | None,
+        edit: LowRankEdit,
+        measures: dict[str, Any],
     ) -> dict[str, Any]:
         """What the artefact says about itself."""
-        matrices = self.denoiser.matrices()
-        stopped = len(self.losses) < self.settings.steps
+        settings, steps = self.settings, len(self.losses)
+        solution = choice.solution if choice else None
+        values = [*edit.factors.values()]
+        values += edit.bases.values() if settings.form == "soft" else []
         return {
             "version": VERSION,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017
             "family": self.denoiser.family,
             "base": dict(self.denoiser.base),
             "text_encoder": fingerprint({"null prompt": prompts.null}),
-            "settings": self.settings.as_dict(),
-            "form": "hard",
-            "matrices": len(matrices),
-            "rank": subspace.basis.shape[1],
-            "values_trained": sum(w.shape[0] for w in matrices.values()) * subspace.basis.shape[1],
-            "subspace": {
-                "exact_rank": subspace.exact_rank,
-                "share_left": subspace.share_left,
-                "share_spanned": subspace.share_spanned,
-            },
+            "settings": settings.as_dict(),
+            "form": settings.form,
+            "concepts": _concepts(settings, exact, solution, measures),
+            "matrices": len(edit.factors),
+            "rank": max(factor.shape[1] for factor in edit.factors.values()),
+            "values_trained": sum(tensor.numel() for tensor in values) if steps else 0,
+            "subspace": {"exact_rank": exact.basis.shape[1], "share_left": exact.share_left},
+            "protection": choice.ridge if choice else 0.0,
+            "harm": solution.harm if solution else None,
             "measures": measures,
+            "warnings": prompt_warnings(settings),
             "losses": self.losses,
-            "steps_done": len(self.losses),
-            "stopped_early": stopped,
+            "steps_done": steps,
+            "converged": self.converged,
+            "complete": self.converged or steps == settings.steps,
+            "stopped_early": steps < settings.steps,
             "forward_equivalents": self.denoiser.forward_equivalents,
             "seconds": round(time.monotonic() - self._started, 2),
         }
 
-    def _trajectories(self, prompts: _Prompts, count: int, stage: str) -> Iterator[Progress]:
-        chosen, noise = self._draw(prompts, count)
-        by_erased = [index % 2 == 0 for index in range(count)]
-        sampling = self._sampling(self.settings.sampling_steps)
+    def follow_stage(
+        self, name: str, stage_run: Iterator, stage: str = "{0}"
+    ) -> Iterator[Progress]:
+        """Run a stage to its end and put what it cost in the place of what was planned for it."""
+        before = self.denoiser.forward_equivalents
+        result = yield from self._follow(stage_run, stage)
+        self._plan[name] = self.denoiser.forward_equivalents - before
+        return result
+
+    def _movement(
+        self, edit: LowRankEdit, prompts: EncodedPrompts, states: States
+    ) -> Iterator[int]:
+        batch = 3 * self.settings.batch  # what the pool was sampled with fits the device
+        return movement_on(self.denoiser, prompts.pairs, states, edit, self.settings.eta, batch)
+
+    def _trajectory_counts(self) -> tuple[int, int]:
+        """How many trajectories to train on and to check on; without training all are to check."""
+        count = self.settings.trajectories
+        if not self.settings.steps:
+            return 0, count
+        held_out = max(1, count // 4, min(len(self.settings.concepts), count // 2))
+        return count - held_out, held_out
+
+    def _pairs(self, prompts: EncodedPrompts, count: int, stage: str) -> Iterator[Progress]:
+        wanted = draw_pairs(prompts.pairs, count, self._shape, self.generator)
+        return (yield from self._sample(prompts, wanted, stage))
+
+    def _sample(
+        self, prompts: EncodedPrompts, wanted: Trajectories, stage: str
+    ) -> Iterator[Progress]:
+        sampling = Sampling(
+            self.denoiser.sigmas(self.settings.sampling_steps).cpu(), self.settings.guidance_scale
+        )
         parts = []
-        for start in range(0, count, self.settings.batch):
-            part = slice(start, start + self.settings.batch)
-            states = sample_states(
-                self.denoiser,
-                prompts.null,
-                prompts.pairs,
-                chosen[part],
-                by_erased[part],
-                noise[part],
-                sampling,
-            )
+        for start in range(0, len(wanted), self.settings.batch):
+            part = wanted[start : start + self.settings.batch]
+            states = sample_states(self.denoiser, prompts.null, part, sampling)
             parts.append((yield from self._follow(states, stage)))
         return States.join(parts)
-
-    def _draw(self, prompts: _Prompts, count: int) -> tuple[list[int], Tensor]:
-        """A prompt pair (each once before any repeats) and noise for every trajectory."""
-        pairs = len(prompts.pairs)
-        orders = [
-            torch.randperm(pairs, generator=self._generator) for _ in range(-(-count // pairs))
-        ]
-        noise = torch.randn(count, *self._shape, generator=self._generator)
-        return torch.cat(orders)[:count].tolist(), noise
-
-    def _sampling(self, steps: int) -> Sampling:
-        return Sampling(self.denoiser.sigmas(steps).cpu(), self.settings.guidance_scale)
 
     def _follow(self, stage_run: Iterator, stage: str) -> Iterator[Progress]:
         """Run a stage to its end, turning what it yields into progress.
@@ -304,66 +321,118 @@ class _Run:
                 return end.value
             yield self.progress(stage.format(item))
 
-    def _planned_cost(self) -> int:
+    def _planned_cost(self) -> dict[str, int]:
+        """Forward-equivalents by stage, at most."""
         settings = self.settings
-        held_out = max(1, settings.trajectories // 4)
-        prompts = len(settings.keep) + len(settings.negative_prompts) + UNNAMED_PROMPTS
-        return (
-            3 * settings.trajectories * settings.sampling_steps
-            + 3 * settings.steps * settings.batch
-            + min(HELD_OUT_STATES, held_out * settings.sampling_steps)
-            + 4 * SAMPLED_TRAJECTORIES * SAMPLED_STEPS
-            + 2 * NULL_STATES
-            + 2 * prompts
-        )
+        if not settings.samples:
+            return {}
+        training, held_out = self._trajectory_counts()
+        soft = settings.form == "soft"
+        kept = len(settings.keep) + len(settings.negative_prompts) if soft else 0
+        concepts = len(settings.concepts)
+        tried = 0 if settings.protection is not None else tried_states(settings) * EXPECTED_TRIES
+        stops = settings.steps // STOP_EVERY if settings.stop_below else 0
+        images = settings.batch * (1 + soft + bool(kept))
+        return {
+            "pool": (3 * (training + held_out) + 2 * kept) * settings.sampling_steps,
+            "protection": tried,
+            "training": 3 * settings.steps * images + stops * STOP_STATES * concepts,
+            "checks": planned_checks(settings, held_out),
+        }
 
 
-def _encode_prompts(settings: EraseSettings, denoiser: Denoiser) -> _Prompts:
-    pairs = prompt_pairs(settings)
-    erased = denoiser.encode([pair.erased for pair in pairs])
-    alternatives = denoiser.encode([pair.alternative for pair in pairs])
-    ids = zip(
-        denoiser.token_ids([pair.erased for pair in pairs]),
-        denoiser.token_ids([pair.alternative for pair in pairs]),
-        strict=True,
-    )
-    return _Prompts(
-        pairs=[EncodedPair(e, a) for e, a in zip(erased, alternatives, strict=True)],
-        roles=[align_tokens(erased_ids, other_ids) for erased_ids, other_ids in ids],
-        null=denoiser.encode([""])[0],
-        negatives=denoiser.encode(settings.negative_prompts),
-        keep=list(zip(settings.keep, denoiser.encode(settings.keep), strict=True)),
-    )
+def tried_states(settings: EraseSettings) -> int:
+    """How many held-out states a protection is tried on."""
+    return max(TRIED_STATES, 3 * len(settings.concepts))
 
 
-def _edit_rows(pairs: Sequence[EncodedPair]) -> Tensor:
-    """``C_e - C_a`` token by token over all pairs, (n, width)."""
-    rows = []
-    for pair in pairs:
-        shared = min(len(pair.erased), len(pair.alternative))
-        rows.append(pair.erased[:shared].double() - pair.alternative[:shared].double())
-    return torch.cat(rows)
+def _held(prompts: EncodedPrompts) -> list[Tensor]:
+    """What the soft form holds beside the null prompt."""
+    return [*prompts.negatives, *(rows for _, rows in prompts.keep)]
 
 
-def _named_prompts_moment(prompts: _Prompts, subspace: EditSubspace) -> Tensor:
+def _exact(settings: EraseSettings, prompts: EncodedPrompts) -> ExactSet:
+    """The exact set of the hard form; in the soft form nothing is exact."""
+    changes = [edit.change for edit in prompts.edits]
+    if settings.form == "hard":
+        return exact_set(changes, [prompts.null, *prompts.negatives], prompts.keep)
+    nothing = torch.zeros(prompts.null.shape[1], 0, dtype=torch.float64)
+    kept = [KeptPrompt(text, False, 1.0) for text, _ in prompts.keep]
+    return ExactSet(nothing, [1.0] * len(changes), kept)
+
+
+def _named_moment(settings: EraseSettings, prompts: EncodedPrompts, exact: ExactSet) -> Tensor:
     """Second moment of the prompts that were named but are not exact, each group at full weight."""
-    approximate = [
-        rows for (_, rows), kept in zip(prompts.keep, subspace.kept, strict=True) if not kept.exact
-    ]
     moment = NAMED_PROMPT_WEIGHT * second_moment(pair.alternative for pair in prompts.pairs)
+    approximate = [
+        rows for (_, rows), kept in zip(prompts.keep, exact.kept, strict=True) if not kept.exact
+    ]
+    if settings.form == "soft":
+        held = [prompts.null, *prompts.negatives, *approximate]
+        return moment + SOFT_NULL_WEIGHT * second_moment(held)
     if approximate:
         moment = moment + NAMED_PROMPT_WEIGHT * second_moment(approximate)
     return moment
 
 
-def _evenly(count: int, wanted: int) -> Tensor:
-    """``wanted`` indices below ``count``, each in the middle of its share of the range.
+def _refuse_if_nothing_to_move(settings: EraseSettings, states: States) -> None:
+    distance = (states.g_erased - states.g_alternative).double().square().sum()
+    if distance <= 1e-12 * states.g_erased.double().square().sum():
+        raise TrainingError(
+            f"The model already draws {settings.concepts[0].text!r} like its replacement: there is "
+            "no guidance to change. Check the spelling, or name a different alternative."
+        )
 
-    Not the ends: at the lowest noise level x0 is x but for rounding, and a drift taken there would
-    be the rounding's.
-    """
-    return ((torch.arange(wanted) + 0.5) * count / wanted).long()
+
+def _refuse_if_too_little_moves(settings: EraseSettings, moved: Sequence[float]) -> None:
+    if settings.protection is not None and len(settings.concepts) == 1:
+        return  # the user's own choice, and the report says what came of it
+    for concept, share in zip(settings.concepts, moved, strict=True):
+        if share < LEAST_MOVED:
+            raise SubspaceError(
+                f"Only {share:.0%} of {concept.text!r} can be moved beside what must stay and the "
+                f"other {len(settings.concepts) - 1} concepts (at least {LEAST_MOVED:.0%} is "
+                "needed). Erase fewer concepts in one run, keep fewer prompts, lower the "
+                "protection, or raise the rank."
+            )
 
 
-def _with_texts(prompts: Sequence[str], changes: Sequence[float]) -> list[dict[str, Any]]:
-    return [{"text": text, "drift": change} for text, change in zip(prompts, changes, strict=True)]
+def _start(
+    settings: EraseSettings, solution: ClosedForm | None, matrices: dict[str, Tensor]
+) -> LowRankEdit:
+    """The edit that training starts from: the closed form where there is one, else no change."""
+    bases, factors = {}, {}
+    if solution:
+        basis, readers = (
+            solution.basis.float(),
+            {n: w for n, w in matrices.items() if reads_prompt(n)},
+        )
+        bases, factors = dict.fromkeys(readers, basis), solution.factors(readers)
+        if not settings.warm_start:
+            factors = {name: torch.zeros_like(b) for name, b in factors.items()}
+    generator = torch.Generator().manual_seed(settings.seed)
+    for name, weight in matrices.items():
+        if name not in factors:
+            rank = min(settings.rank, *weight.shape)
+            bases[name] = torch.linalg.qr(torch.randn(weight.shape[1], rank, generator=generator)).Q
+            factors[name] = torch.zeros(weight.shape[0], rank)
+    return LowRankEdit(bases, factors)
+
+
+def _concepts(
+    settings: EraseSettings, exact: ExactSet, solution: ClosedForm | None, measures: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """What became of each concept."""
+    held_out = measures["moved_held_out"]
+    return [
+        {
+            **dataclasses.asdict(concept),
+            "share_left": exact.shares_left[index],
+            "keys_and_values_moved": solution.moved[index] if solution else None,
+            "moved": held_out["concepts"][index] if held_out else None,
+            "columns": list(solution.columns[index])
+            if solution and settings.form == "hard"
+            else None,
+        }
+        for index, concept in enumerate(settings.concepts)
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +16,14 @@ from torch import Tensor
 
 from . import formats
 from .denoiser import LowRankEdit
+from .settings import same_text
 
 
-class ErasureFileError(ValueError):
+class ErasureError(ValueError):
+    """Something that an erasure can't do."""
+
+
+class ErasureFileError(ErasureError):
     """A file that is not an erasure, or is damaged."""
 
 
@@ -56,8 +61,8 @@ class Erasure:
 
     @property
     def concept(self) -> str:
-        """What it erases."""
-        return str(self.record.get("settings", {}).get("concept", "?"))
+        """What it erases, in words."""
+        return ", ".join(concept["text"] for concept in self.record.get("concepts", ())) or "?"
 
     @property
     def rank(self) -> int:
@@ -71,6 +76,59 @@ class Erasure:
     def edit(self, device: torch.device | str = "cpu") -> LowRankEdit:
         """The erasure as an edit that a denoiser can run with."""
         return LowRankEdit(self.bases, self.factors).to(device)
+
+    def without(self, texts: Sequence[str]) -> Erasure:
+        """The same erasure with some of its concepts taken out again.
+
+        Every concept has columns of its own in R and B, so that the others stay as they are.
+
+        Raises:
+            ErasureError: a concept that isn't in it, nothing left, or concepts that share columns.
+        """
+        concepts = self.record["concepts"]
+        for text in texts:
+            if not any(same_text(text, concept["text"]) for concept in concepts):
+                raise ErasureError(
+                    f"{text!r} is not among what this erasure erases: {self.concept}. Name one of "
+                    "those."
+                )
+        left = [c for c in concepts if not any(same_text(text, c["text"]) for text in texts)]
+        if not left:
+            raise ErasureError(
+                "Nothing would be left of the erasure. Leave it out, or apply it at strength 0."
+            )
+        if len(left) < len(concepts) and any(c["columns"] is None for c in concepts):
+            raise ErasureError(
+                "The concepts of this erasure were trained in the soft form and can't be told "
+                "apart. Train them in the hard form, or in runs of their own."
+            )
+        return self if len(left) == len(concepts) else self._only(left)
+
+    def _only(self, concepts: Sequence[Mapping[str, Any]]) -> Erasure:
+        kept = torch.cat([torch.arange(*concept["columns"]) for concept in concepts])
+        bases = {id(basis): basis[:, kept].contiguous() for basis in self.bases.values()}
+        ends = [0]
+        for concept in concepts:
+            start, end = concept["columns"]
+            ends.append(ends[-1] + end - start)
+        renumbered = [
+            {**concept, "columns": list(columns)}
+            for concept, columns in zip(
+                concepts, zip(ends[:-1], ends[1:], strict=True), strict=True
+            )
+        ]
+        taken = [c["text"] for c in self.record["concepts"] if c not in concepts]
+        record = {
+            **self.record,
+            "concepts": renumbered,
+            "rank": len(kept),
+            "taken_out": [*self.record.get("taken_out", []), *taken],
+        }
+        return Erasure(
+            {name: bases[id(basis)] for name, basis in self.bases.items()},
+            {name: factor[:, kept].contiguous() for name, factor in self.factors.items()},
+            record,
+        )
 
     def save(self, path: Path) -> None:
         """Write the erasure as a LoRA file under kohya names, float32.

@@ -65,17 +65,15 @@ def read_kohya_tensors(
 def metadata(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """File metadata: our record, ModelSpec 1.0.1, and the kohya keys that managers show."""
     settings = record["settings"]
-    instead = settings["alternative"] or "nothing"
-    title = f"Erase {settings['concept']} (replaced by {instead})"
+    concepts = concept_list(record)
+    title = f"Erase {concepts}"
     return {
         RECORD_KEY: json.dumps(record, sort_keys=True),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": ARCHITECTURES.get(record["family"], record["family"]),
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
-        "modelspec.description": (
-            f"Concept erasure. Removes {settings['concept']!r}; apply at strength 1."
-        ),
+        "modelspec.description": (f"Concept erasure. Removes {concepts}; apply at strength 1."),
         "modelspec.resolution": f"{settings['resolution']}x{settings['resolution']}",
         "modelspec.date": record["created"],
         "modelspec.hash_sha256": f"0x{tensor_hash(tensors)}",
@@ -85,6 +83,16 @@ def metadata(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
         "ss_network_dim": str(record["rank"]),
         "ss_network_alpha": str(record["rank"]),
     }
+
+
+def concept_list(record: Mapping[str, Any], most: int = 5) -> str:
+    """The concepts of a record in words: "cat (replaced by dog), pizza"."""
+    named = [
+        f"{c['text']} (replaced by {c['alternative']})" if c["alternative"] else c["text"]
+        for c in record["concepts"]
+    ]
+    more = len(named) - most
+    return ", ".join(named[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def tensor_hash(tensors: Mapping[str, Tensor]) -> str:

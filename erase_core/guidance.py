@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .settings import NULL_SCORES
+
 SIGMA_FLOOR = 0.02
-NULL_SCORES = ("frozen", "student", "detached")
 
 
 def guidance_term(x0_null: Tensor, x0_prompt: Tensor, sigma: Tensor) -> Tensor:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from .denoiser import Denoiser, LowRankEdit, stack_tokens
 from .guidance import guidance_term, moved, surgical_target
-from .states import EncodedPair, Sampling, States, check_finite, euler_step, states_at
+from .states import (
+    EncodedPair,
+    Sampling,
+    States,
+    Trajectories,
+    check_finite,
+    euler_step,
+    states_at,
+)
 
 
 @dataclass(frozen=True)
@@ -19,11 +27,13 @@ class Movement:
 
     Attributes:
         overall: over all states.
+        concepts: over the states of each concept.
         high, middle, low: over the third of the states with the highest noise, and so on.
         erased_change: ``|eps_th(e) - eps*(e)| / |eps*(e)|``, the yardstick for every drift.
     """
 
     overall: float
+    concepts: list[float]
     high: float
     middle: float
     low: float
@@ -63,56 +73,76 @@ def movement_on(
     """Evaluate the edited model on frozen states (a generator; returns a :class:`Movement`)."""
     students = []
     for part in torch.arange(len(states)).split(batch):
-        tokens = [pairs[i].erased for i in states.pair[part].tolist()]
+        tokens = [pairs[i].erased for i in states.index[part].tolist()]
         x0 = _predict(denoiser, states.x[part], states.sigma[part], tokens, edit)
+        check_finite(x0, float(states.sigma[part].min()))
         students.append(guidance_term(states.x0_null[part], x0, states.sigma[part]))
         yield len(part)
-    return summarise(torch.cat(students), states, eta)
+    return summarise(torch.cat(students), states, pairs, eta)
 
 
 def movement_sampled(
     denoiser: Denoiser,
     null: Tensor,
     pairs: Sequence[EncodedPair],
-    chosen: Sequence[int],
-    noise: Tensor,
+    wanted: Trajectories,
     sampling: Sampling,
     edit: LowRankEdit,
     eta: float,
+    null_is_exact: bool = True,
 ) -> Iterator[int]:
     """Sample with the edited model and see how far its guidance moved where *it* goes.
 
-    The null score of the hard form is the original's, so one evaluation serves both. A generator;
-    yields images evaluated, returns a :class:`Movement`.
+    A generator; yields images evaluated, returns a :class:`Movement`.
+
+    Args:
+        wanted: trajectories of prompt pairs; the prompt with the concept drives them all.
+        null_is_exact: whether the edited model's null score is the original's, as in the hard
+            form, so that one evaluation serves both.
     """
-    count = len(chosen)
-    erased = [pairs[i].erased for i in chosen]
-    frozen_tokens = [null] * count + erased + [pairs[i].alternative for i in chosen]
-    x = denoiser.noisy_latent(noise.to(denoiser.device), sampling.sigmas[0]).cpu()
+    count = len(wanted)
+    erased = [pairs[i].erased for i in wanted.index]
+    frozen_tokens = [null] * count + erased + [pairs[i].alternative for i in wanted.index]
+    edited_tokens = erased if null_is_exact else [*erased, *[null] * count]
+    x = denoiser.noisy_latent(wanted.noise.to(denoiser.device), sampling.sigmas[0]).cpu()
     parts, students = [], []
     for sigma, sigma_next in zip(sampling.sigmas[:-1], sampling.sigmas[1:], strict=True):
         levels = sigma.repeat(count).cpu()
         frozen = _predict(denoiser, x.repeat(3, 1, 1, 1), levels.repeat(3), frozen_tokens)
-        student = _predict(denoiser, x, levels, erased, edit)
-        check_finite(student, float(sigma))
-        states = states_at(x, levels, frozen, chosen)
+        again = len(edited_tokens) // count
+        edited = _predict(
+            denoiser, x.repeat(again, 1, 1, 1), levels.repeat(again), edited_tokens, edit
+        )
+        check_finite(edited, float(sigma))
+        states = states_at(x, levels, frozen, wanted.index)
+        student, *own_null = edited.chunk(again)
         students.append(guidance_term(states.x0_null, student, levels))
         parts.append(states)
-        x = euler_step(x, states.x0_null, student, sigma, sigma_next, sampling.guidance_scale)
-        yield 4 * count
-    return summarise(torch.cat(students), States.join(parts), eta)
+        x0_null = own_null[0] if own_null else states.x0_null
+        x = euler_step(x, x0_null, student, sigma, sigma_next, sampling.guidance_scale)
+        yield (3 + again) * count
+    return summarise(torch.cat(students), States.join(parts), pairs, eta)
 
 
-def summarise(student: Tensor, states: States, eta: float) -> Movement:
+def summarise(
+    student: Tensor, states: States, pairs: Sequence[EncodedPair], eta: float
+) -> Movement:
     """:class:`Movement` of the student's guidance (n, c, h, w) at the states."""
     target = surgical_target(states.g_erased, states.g_alternative, eta)
-    thirds = [
-        moved(student[part], states.g_erased[part], target[part])
-        for part in states.sigma.argsort(descending=True, stable=True).tensor_split(3)
-    ]
+
+    def on(part: Tensor) -> float:
+        return moved(student[part], states.g_erased[part], target[part])
+
+    concept = torch.tensor([pairs[i].concept for i in states.index.tolist()])
+    by_sigma = states.sigma.argsort(descending=True, stable=True)
     eps_erased = (states.x - states.x0_null) / states.sigma.view(-1, 1, 1, 1) + states.g_erased
     change = (student - states.g_erased).norm() / eps_erased.norm()
-    return Movement(moved(student, states.g_erased, target), *thirds, float(change))
+    return Movement(
+        on(by_sigma),
+        [on((concept == c).nonzero().flatten()) for c in range(int(concept.max()) + 1)],
+        *(on(part) for part in by_sigma.tensor_split(3)),
+        float(change),
+    )
 
 
 def prompt_drift(

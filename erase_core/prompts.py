@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from .settings import EraseSettings, SettingsError, same_text
+from .settings import ARROW, Concept, EraseSettings, SettingsError, same_text
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,14 @@ class Template:
 
 @dataclass(frozen=True)
 class PromptPair:
-    """A prompt with the concept (``erased``) and what must be drawn instead (``alternative``)."""
+    """A prompt with the concept (``erased``) and what must be drawn instead (``alternative``).
+
+    ``concept`` is the place of the concept in the settings.
+    """
 
     erased: str
     alternative: str
+    concept: int = 0
 
 
 OBJECT_TEMPLATES = (
@@ -62,33 +67,99 @@ STYLE_TEMPLATES = (
     Template("{}", ""),
 )
 
-TEMPLATES = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES}
+PERSON_TEMPLATES = (
+    Template("{}", "a person"),
+    Template("a photo of {}", "a photo of a person"),
+    Template("a portrait of {}, studio lighting", "a portrait of a person, studio lighting"),
+    Template("{} smiling at the camera", "a person smiling at the camera"),
+    Template("a movie still of {}", "a movie still of a person"),
+    Template("{} walking in a park", "a person walking in a park"),
+    Template("an oil painting of {}", "an oil painting of a person"),
+    Template("{} giving a speech on a stage", "a person giving a speech on a stage"),
+    Template("{} and a friend in a cafe", "a person and a friend in a cafe"),
+    Template("close-up of the face of {}", "close-up of the face of a person"),
+    Template("{} in a red jacket, full body", "a person in a red jacket, full body"),
+    Template("a black and white photo of {} at a desk", "a black and white photo of a person"),
+)
+
+TAG_TEMPLATES = (
+    Template("{}", ""),
+    Template("1girl, {}, solo, looking at viewer", "1girl, solo, looking at viewer"),
+    Template("masterpiece, best quality, {}", "masterpiece, best quality"),
+    Template("1boy, {}, standing, outdoors", "1boy, standing, outdoors"),
+    Template("{}, simple background, white background", "simple background, white background"),
+    Template("no humans, {}, scenery, blue sky", "no humans, scenery, blue sky"),
+    Template("{}, upper body, smile, indoors", "upper body, smile, indoors"),
+    Template("score_9, score_8_up, {}, full body", "score_9, score_8_up, full body"),
+    Template("2girls, {}, sitting, night, city lights", "2girls, sitting, night, city lights"),
+    Template("very aesthetic, absurdres, {}, close-up", "very aesthetic, absurdres, close-up"),
+    Template("{}, monochrome, sketch", "monochrome, sketch"),
+    Template("solo, {}, from side, wind, flower", "solo, from side, wind, flower"),
+)
+
+TEMPLATES = {
+    "object": OBJECT_TEMPLATES,
+    "style": STYLE_TEMPLATES,
+    "person": PERSON_TEMPLATES,
+    "tags": TAG_TEMPLATES,
+}
+
+# An opening bracket that the host reads as emphasis: not escaped, and not closed by a weight.
+_BARE_BRACKET = re.compile(r"(?<!\\)\((?![^()]*:\s*[\d.]+\s*\))")
+
+
+def templates(settings: EraseSettings) -> list[Template]:
+    """The phrasings of a run: the user's own if there are any, else those of the kind."""
+    if not settings.templates:
+        return list(TEMPLATES[settings.kind])
+    own = []
+    for line in settings.templates:
+        text, _, without = (part.strip() for part in line.partition(ARROW))
+        own.append(Template(text, without or _left_out(text)))
+    return own
 
 
 def prompt_pairs(settings: EraseSettings) -> list[PromptPair]:
-    """The training prompts of a concept, one pair a template.
+    """The training prompts of all concepts, one pair for each template and concept.
 
     Raises:
         SettingsError: when a prompt that must be kept is itself a prompt to erase.
     """
     pairs = []
-    for template in TEMPLATES[settings.kind]:
-        alternative = (
-            template.fill(_bare(settings, settings.alternative))
-            if settings.alternative
-            else template.without
-        )
-        pairs.append(PromptPair(template.fill(_bare(settings, settings.concept)), alternative))
+    for index, concept in enumerate(settings.concepts):
+        for template in templates(settings):
+            instead = (
+                template.fill(_bare(settings, concept.alternative))
+                if concept.alternative
+                else template.without
+            )
+            erased = template.fill(_bare(settings, concept.text))
+            pairs.append(PromptPair(erased, instead, index))
     _refuse_contradictions(settings, pairs)
     return pairs
+
+
+def prompt_warnings(settings: EraseSettings) -> list[str]:
+    """What a person should know about the texts they gave: brackets that the host reads away."""
+    if settings.kind != "tags":
+        return []
+    concepts = [text for c in settings.concepts for text in (c.text, c.alternative)]
+    texts = [*concepts, *settings.keep, *settings.negative_prompts, *settings.templates]
+    return [
+        f"The brackets in {text!r} are read as emphasis and are not part of the tag. If they "
+        f"belong to it, write {_escaped(text)!r}."
+        for text in texts
+        if _BARE_BRACKET.search(text)
+    ]
 
 
 def with_article(concept: str) -> str:
     """The concept as it stands in a sentence: "a cat", "an owl"; names and plurals stay bare."""
     first = concept.split()[0].casefold()
+    is_tag = "_" in concept or "\\" in concept
     is_name = concept[:1].isupper()
     is_plural = concept.endswith("s") and not concept.endswith(("ss", "us", "is"))
-    if is_name or is_plural or first in {"a", "an", "the", "some", "my"}:
+    if is_tag or is_name or is_plural or first in {"a", "an", "the", "some", "my"}:
         return concept
     return f"{'an' if first[0] in 'aeiou' else 'a'} {concept}"
 
@@ -101,16 +172,29 @@ def _bare(settings: EraseSettings, concept: str) -> str:
     return concept
 
 
+def _left_out(text: str) -> str:
+    """A template of the user's without the concept and the commas and spaces around it."""
+    rest = re.sub(r"\{a\}|\{\}", "", text)
+    rest = re.sub(r"(\s*,)+", ",", rest)
+    return re.sub(r"\s+", " ", rest).strip(" ,")
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"(?<!\\)([()])", r"\\\1", text)
+
+
 def _refuse_contradictions(settings: EraseSettings, pairs: list[PromptPair]) -> None:
-    erased = [settings.concept, *(pair.erased for pair in pairs)]
+    erased: list[tuple[str, Concept]] = [(c.text, c) for c in settings.concepts]
+    erased += [(pair.erased, settings.concepts[pair.concept]) for pair in pairs]
     for label, prompts in (
         ("keep", settings.keep),
         ("negative prompts you use", settings.negative_prompts),
     ):
         for prompt in prompts:
-            if any(same_text(prompt, text) for text in erased):
-                raise SettingsError(
-                    f"{prompt!r} is under '{label}' and is also a prompt for the concept "
-                    f"{settings.concept!r} that is to be erased. Both can't hold: take the line "
-                    "out, or name a different concept."
-                )
+            for text, concept in erased:
+                if same_text(prompt, text):
+                    raise SettingsError(
+                        f"{prompt!r} is under '{label}' and is also a prompt for the concept "
+                        f"{concept.text!r} that is to be erased. Both can't hold: take the line "
+                        "out, or name a different concept."
+                    )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .checks import PREDICTION
+from .formats import concept_list
+
 
 def report_text(record: Mapping[str, Any], notes: list[str] | None = None) -> str:
     """Plain text: what was erased, how far, what stayed, what it cost.
@@ -13,19 +16,27 @@ def report_text(record: Mapping[str, Any], notes: list[str] | None = None) -> st
         record: the record of an erasure.
         notes: more lines, for example what the host could not take into account.
     """
-    lines = [*_headline(record), *_movement(record), *_staying(record), *_cost(record)]
-    return "\n".join([*lines, *_warnings(record), *(notes or [])])
+    lines = [*_headline(record), *_movement(record), *_each_concept(record)]
+    lines += [*_staying(record), *_cost(record), *_warnings(record), *(notes or [])]
+    return "\n".join(lines)
 
 
 def _headline(record: Mapping[str, Any]) -> list[str]:
-    settings = record["settings"]
-    instead = repr(settings["alternative"]) if settings["alternative"] else "nothing"
     base = record["base"].get("name") or record["family"]
-    return [f"Erased {settings['concept']!r}, replaced by {instead}, on {base}."]
+    lines = [f"Erased {concept_list(record)}, on {base}."]
+    if record.get("taken_out"):
+        lines.append(f"Taken out again: {', '.join(record['taken_out'])}.")
+    return lines
 
 
 def _movement(record: Mapping[str, Any]) -> list[str]:
     frozen = record["measures"]["moved_held_out"]
+    if frozen is None:
+        moved = min(c["keys_and_values_moved"] for c in record["concepts"])
+        return [
+            f"Keys and values moved {moved:.0%} of the way. Nothing was sampled, so how far the "
+            "pictures go is not known; the preset 'balanced' measures it."
+        ]
     sampled = record["measures"]["moved_sampled"]
     return [
         f"Guidance moved {frozen['overall']:.0%} of the way on held-out states "
@@ -35,42 +46,73 @@ def _movement(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _each_concept(record: Mapping[str, Any]) -> list[str]:
+    """With several concepts: what is left to each."""
+    if len(record["concepts"]) < 2:
+        return []
+    lines = []
+    for concept in record["concepts"]:
+        moved = concept["moved"]
+        if moved is None:
+            moved = concept["keys_and_values_moved"]
+        lines.append(
+            f"  {concept['text']}: moved {moved:.0%}, {concept['share_left']:.0%} of its edit was "
+            "left beside the exact prompts."
+        )
+    return lines
+
+
 def _staying(record: Mapping[str, Any]) -> list[str]:
-    measures = record["measures"]
-    lines = [f"Null prompt: exact, drift {_share(measures['null_drift'])}."]
+    measures, hard = record["measures"], record["form"] == "hard"
+    of = "" if measures["drift_of"] == PREDICTION else " of keys and values"
+    held = "exact" if hard else "held by a penalty"
+    lines = [f"Null prompt: {held}, drift{of} {_share(measures['null_drift'])}."]
     lines += [
-        f"Negative prompt {entry['text']!r}: exact, drift {_share(entry['drift'])}."
+        f"Negative prompt {entry['text']!r}: {held}, drift{of} {_share(entry['drift'])}."
         for entry in measures["negative_prompts"]
     ]
     for entry in measures["kept"]:
         kind = "exact" if entry["exact"] else "approximate"
-        lines.append(f"Kept {entry['text']!r}: {kind}, drift {_share(entry['drift'])}.")
+        lines.append(f"Kept {entry['text']!r}: {kind}, drift{of} {_share(entry['drift'])}.")
     lines.append(
-        f"Prompts nobody named: drift {_share(measures['unnamed_drift'])} on average "
+        f"Prompts nobody named: drift{of} {_share(measures['unnamed_drift'])} on average "
         f"of {len(measures['unnamed'])}."
     )
-    left = record["subspace"]["share_left"]
-    lines.append(f"Share of the edit left beside the exact prompts: {left:.0%}.")
+    if hard:
+        left = record["subspace"]["share_left"]
+        lines.append(f"Share of the edit left beside the exact prompts: {left:.0%}.")
     return lines
 
 
 def _cost(record: Mapping[str, Any]) -> list[str]:
     return [
         f"{record['steps_done']} steps, {record['forward_equivalents']} forward-equivalents, "
-        f"{record['seconds']:.0f} s; {record['matrices']} matrices, rank {record['rank']}."
+        f"{record['seconds']:.0f} s; {record['matrices']} matrices, rank {record['rank']}, "
+        f"protection {record['protection']:g}."
     ]
 
 
 def _warnings(record: Mapping[str, Any]) -> list[str]:
-    lines = []
-    if record["stopped_early"]:
-        lines.append(f"Stopped early, after {record['steps_done']} steps.")
-    if record["settings"]["eta"] > 0:
+    lines, settings = list(record["warnings"]), record["settings"]
+    if record["converged"]:
         lines.append(
-            f"eta is {record['settings']['eta']:g}: naming the concept in a negative prompt now "
+            f"Ended after {record['steps_done']} of {settings['steps']} steps, because the rest "
+            f"on held-out states stayed below {settings['stop_below']:.0%}."
+        )
+    elif record["stopped_early"]:
+        lines.append(f"Stopped early, after {record['steps_done']} steps.")
+    if settings["eta"] > 0:
+        lines.append(
+            f"eta is {settings['eta']:g}: naming the concept in a negative prompt now "
             "draws it. Leave it out of your negative prompts."
         )
-    if record["measures"]["moved_held_out"]["overall"] < 0.8:
+    if settings["guidance_scale"] == 1:
+        lines.append(
+            "Made for a model that samples at guidance 1: the null prompt and negative prompts "
+            "aren't used there, so put what must not change under 'keep'."
+        )
+    frozen = record["measures"]["moved_held_out"]
+    if frozen and min(frozen["concepts"]) < 0.8:
         lines.append(
             "The guidance moved less than 80 % of the way: traces may remain. Try the preset "
             "'thorough', fewer keep prompts or a lower protection."

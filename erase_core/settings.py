@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-KINDS = ("object", "style")
+from .layers import LAYER_RULES
+
+KINDS = ("object", "style", "person", "tags")
+FORMS = ("hard", "soft")
+NULL_SCORES = ("frozen", "student", "detached")
+ARROW = "=>"
 
 
 class SettingsError(ValueError):
@@ -15,26 +21,56 @@ class SettingsError(ValueError):
 
 
 @dataclass(frozen=True)
+class Concept:
+    """One thing to erase.
+
+    Attributes:
+        text: what the model must stop drawing, as a user types it ("cat", "Van Gogh").
+        alternative: what takes its place; empty means the same prompt without the concept.
+    """
+
+    text: str
+    alternative: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text} {ARROW} {self.alternative}" if self.alternative else self.text
+
+
+@dataclass(frozen=True)
 class EraseSettings:
-    """One erasure, as asked for.
+    """One run, as asked for.
 
     Texts are stripped on construction and the prompt lists lose blank and repeated lines.
 
     Attributes:
-        concept: what the model must stop drawing, as a user types it ("cat", "Van Gogh").
-        alternative: what takes its place; empty means the same prompt without the concept.
+        concepts: what to erase: :class:`Concept` objects, or text with one a line, where
+            ``cat => dog`` names an alternative.
         keep: prompts whose pictures must stay as they are, most important first.
         negative_prompts: negative prompts the user samples with; kept exact like the null prompt.
-        kind: "object" or "style"; decides the prompt templates.
+        kind: a key of :data:`KINDS`; decides the prompt templates.
+        templates: the user's own, each with ``{}`` where the concept stands, and after ``=>`` the
+            same prompt without it, if it isn't simply left out; empty for those of the kind.
+        form: "hard" holds the null prompt and the keep prompts by construction; "soft" is the
+            paper's penalty, and works on any layers.
+        layers: which matrices train: a key of :data:`layers.LAYER_RULES` or a pattern.
         eta: push beyond the alternative, in multiples of g(a) - g(e). Turns the concept in a
             *negative* prompt around, see :func:`guidance.surgical_target`.
-        rank: columns of the shared basis R, i.e. the rank of every weight change.
-        protection: weight of the ridge on ordinary language (mu of the hard form), in the closed
-            form that training starts from and in training.
-        steps: optimiser steps.
+        rank: most columns of R for one concept.
+        protection: weight of the ridge on ordinary language, in the closed form that training
+            starts from and in training; None chooses the strongest that still lets the concepts
+            move far enough.
+        drift_weight: lambda of the soft form, on the drift of the unconditional score.
+        keep_weight: mu of the soft form, on the drift of the keep and negative prompts.
+        null_score: which unconditional score stands in the first term of the soft form, see
+            :func:`guidance.surgery_loss`.
+        warm_start: whether training starts from the closed form, else from no change at all.
+        steps: optimiser steps; 0 is the closed form alone (instant form).
         batch: states per optimiser step.
         learning_rate: Adam's step relative to the root mean square of each matrix.
-        trajectories: frozen trajectories in the pool; a quarter of them is held out.
+        stop_below: end training early once the held-out residual, 1 - moved, has been below this
+            twice in a row; 0 never does.
+        trajectories: frozen trajectories in the pool; a quarter of them is held out. 0 samples
+            nothing, so that nothing is trained or measured on predictions either.
         sampling_steps: sampler steps of each trajectory.
         guidance_scale: guidance scale of the trajectories (1 for distilled models).
         resolution: side of the training pictures in pixels.
@@ -45,17 +81,24 @@ class EraseSettings:
         SettingsError: on any value that can't work.
     """
 
-    concept: str
-    alternative: str = ""
+    concepts: tuple[Concept, ...]
     keep: tuple[str, ...] = ()
     negative_prompts: tuple[str, ...] = ()
     kind: str = "object"
+    templates: tuple[str, ...] = ()
+    form: str = "hard"
+    layers: str = "key-value"
     eta: float = 0.0
-    rank: int = 64
-    protection: float = 1.0
-    steps: int = 60
+    rank: int = 16
+    protection: float | None = None
+    drift_weight: float = 1.0
+    keep_weight: float = 1.0
+    null_score: str = "frozen"
+    warm_start: bool = True
+    steps: int = 48
     batch: int = 2
     learning_rate: float = 0.003
+    stop_below: float = 0.0
     trajectories: int = 16
     sampling_steps: int = 9
     guidance_scale: float = 5.0
@@ -64,31 +107,38 @@ class EraseSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("concept", "alternative", "kind"):
+        object.__setattr__(self, "concepts", parse_concepts(self.concepts))
+        for name in ("kind", "form", "layers", "null_score"):
             object.__setattr__(self, name, _text(name, getattr(self, name)))
-        for name in ("keep", "negative_prompts"):
+        for name in ("keep", "negative_prompts", "templates"):
             object.__setattr__(self, name, _lines(name, getattr(self, name)))
-        self._check_texts()
+        self._check_choices()
         self._check_numbers()
+        self._check_together()
 
-    def _check_texts(self) -> None:
-        if not self.concept:
+    @property
+    def samples(self) -> bool:
+        """Whether the run makes predictions at all: a pool to train on, to check on, or both."""
+        return self.trajectories > 0
+
+    def _check_choices(self) -> None:
+        for name, choices in (("kind", KINDS), ("form", FORMS), ("null_score", NULL_SCORES)):
+            if getattr(self, name) not in choices:
+                raise SettingsError(
+                    f"Unknown {_label(name)} {getattr(self, name)!r}. "
+                    f"Choose one of: {', '.join(choices)}."
+                )
+        if self.layers not in LAYER_RULES and "*" not in self.layers:
             raise SettingsError(
-                "Nothing to erase: the concept is empty. Type what the model must stop drawing, "
-                "for example 'cat'."
+                f"Unknown layers {self.layers!r}. Choose one of: {', '.join(LAYER_RULES)}; or give "
+                "a pattern with *, such as *_attn2_to_v."
             )
-        if "\n" in self.concept or "\n" in self.alternative:
-            raise SettingsError(
-                f"One concept at a time: {self.concept!r} => {self.alternative!r} has several "
-                "lines. Use one Train Concept Erasure node per concept and apply them in a row."
-            )
-        if same_text(self.concept, self.alternative):
-            raise SettingsError(
-                f"The concept and what replaces it are the same: {self.concept!r}. Name something "
-                "else, or leave 'replace with' empty to remove the concept."
-            )
-        if self.kind not in KINDS:
-            raise SettingsError(f"Unknown kind {self.kind!r}. Choose one of: {', '.join(KINDS)}.")
+        for template in self.templates:
+            if "{}" not in template.split(ARROW)[0]:
+                raise SettingsError(
+                    f"The template {template!r} has no {{}} where the concept stands. Write for "
+                    "example: a photo of {}"
+                )
 
     def _check_numbers(self) -> None:
         for name, low, high in _INTEGER_RANGES:
@@ -99,6 +149,8 @@ class EraseSettings:
                 raise SettingsError(_range_message(name, value, low, high))
         for name, low, high in _FLOAT_RANGES:
             value = getattr(self, name)
+            if name == "protection" and value is None:
+                continue
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise SettingsError(f"{_label(name)} must be a finite number, not {value!r}.")
             if not low <= value <= high:
@@ -107,6 +159,23 @@ class EraseSettings:
             raise SettingsError(
                 f"resolution must be a multiple of 8, not {self.resolution}. "
                 f"Try {self.resolution // 8 * 8 or 8}."
+            )
+
+    def _check_together(self) -> None:
+        if self.form == "hard" and self.layers != "key-value":
+            raise SettingsError(
+                f"The hard form works on the key and value matrices only, not on {self.layers!r}: "
+                "only they read the prompt and nothing else. Choose the soft form for other layers."
+            )
+        if self.form == "soft" and self.steps == 0:
+            raise SettingsError(
+                "The soft form has no instant variant: it learns by training. Give it at least one "
+                "step, or choose the hard form."
+            )
+        if self.steps and self.trajectories < 2:
+            raise SettingsError(
+                f"Training needs at least 2 trajectories, one to train on and one to check on, not "
+                f"{self.trajectories}. Raise them, or set steps to 0 for the instant form."
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -118,17 +187,27 @@ class EraseSettings:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
+    "instant": {"steps": 0, "trajectories": 0},
     "balanced": {},
     "thorough": {"steps": 160, "trajectories": 24, "sampling_steps": 12},
 }
+SOFT_PRESETS: dict[str, dict[str, Any]] = {
+    "balanced": {"steps": 80},
+    "thorough": {"steps": 240},
+}
+# What another concept in the same run adds; a quarter of a run of its own.
+MORE_PER_CONCEPT = 0.25
+# A distilled model samples in a few steps without guidance: the null prompt isn't used.
+DISTILLED: dict[str, Any] = {"guidance_scale": 1.0, "sampling_steps": 4}
 
 
-def preset_settings(preset: str, **values: Any) -> EraseSettings:
+def preset_settings(preset: str, *, distilled: bool = False, **values: Any) -> EraseSettings:
     """Settings of a named preset, with every given value that is not None put over it.
 
     Args:
         preset: a key of :data:`PRESETS`.
-        **values: fields of :class:`EraseSettings`; ``concept`` is required, None means
+        distilled: whether the model is a distilled one (Turbo, Lightning, LCM, DMD2).
+        **values: fields of :class:`EraseSettings`; ``concepts`` is required, None means
             "as the preset says".
 
     Raises:
@@ -136,8 +215,75 @@ def preset_settings(preset: str, **values: Any) -> EraseSettings:
     """
     if preset not in PRESETS:
         raise SettingsError(f"Unknown preset {preset!r}. Choose one of: {', '.join(PRESETS)}.")
-    given = {key: value for key, value in values.items() if value is not None}
-    return EraseSettings(**{**PRESETS[preset], **given})
+    given = {name: value for name, value in values.items() if value is not None}
+    chosen = dict(PRESETS[preset])
+    if given.get("form") == "soft":
+        chosen |= SOFT_PRESETS.get(preset, {})
+    if distilled:
+        chosen |= DISTILLED
+    one = EraseSettings(**{**chosen, **given})
+    growth = 1 + MORE_PER_CONCEPT * (len(one.concepts) - 1)
+    grown = {
+        name: math.ceil(getattr(one, name) * growth)
+        for name in ("steps", "trajectories")
+        if name not in given
+    }
+    return dataclasses.replace(one, **grown)
+
+
+def parse_concepts(given: Any, alternative: str = "") -> tuple[Concept, ...]:
+    """Concepts from text, one a line, ``cat => dog`` naming what takes its place.
+
+    Args:
+        given: text, or a sequence of texts, :class:`Concept` objects or their dictionaries.
+        alternative: what takes the place of those that name nothing themselves.
+
+    Raises:
+        SettingsError: nothing to erase, a line that can't be read, a concept named twice, or one
+            that is its own or another concept's alternative.
+    """
+    lines = given.splitlines() if isinstance(given, str) else list(given)
+    concepts = [c for c in (_concept(line, alternative) for line in lines) if c is not None]
+    if not concepts:
+        raise SettingsError(
+            "Nothing to erase: the concept is empty. Type what the model must stop drawing, "
+            "for example 'cat'."
+        )
+    for index, concept in enumerate(concepts):
+        _check_concept(concept, concepts[:index], concepts)
+    return tuple(concepts)
+
+
+def _concept(line: Any, alternative: str) -> Concept | None:
+    if isinstance(line, Concept):
+        line = str(line)
+    elif isinstance(line, Mapping):
+        line = str(Concept(**line))
+    parts = [part.strip() for part in _text("concept", line).split(ARROW)]
+    if not any(parts):
+        return None
+    if len(parts) > 2 or not parts[0]:
+        raise SettingsError(
+            f"The line {line!r} can't be read. Write the concept alone, or: cat {ARROW} dog"
+        )
+    own = parts[1] if len(parts) == 2 else alternative.strip()
+    return Concept(parts[0], own)
+
+
+def _check_concept(concept: Concept, before: list[Concept], every: list[Concept]) -> None:
+    if same_text(concept.text, concept.alternative):
+        raise SettingsError(
+            f"The concept and what replaces it are the same: {concept.text!r}. Name something "
+            "else, or leave the replacement empty to remove the concept."
+        )
+    if any(same_text(concept.text, other.text) for other in before):
+        raise SettingsError(f"{concept.text!r} is named twice. Take one of the lines out.")
+    for other in every:
+        if concept.alternative and same_text(concept.alternative, other.text):
+            raise SettingsError(
+                f"{concept.text!r} is to be replaced by {concept.alternative!r}, which is to be "
+                "erased itself. Name a replacement that stays."
+            )
 
 
 def same_text(one: str, other: str) -> bool:
@@ -147,9 +293,9 @@ def same_text(one: str, other: str) -> bool:
 
 _INTEGER_RANGES = (
     ("rank", 1, 256),
-    ("steps", 1, 10_000),
+    ("steps", 0, 10_000),
     ("batch", 1, 64),
-    ("trajectories", 2, 256),
+    ("trajectories", 0, 1024),
     ("sampling_steps", 2, 200),
     ("resolution", 8, 4096),
     ("captions", 8, 100_000),
@@ -158,15 +304,18 @@ _INTEGER_RANGES = (
 _FLOAT_RANGES = (
     ("eta", 0.0, 10.0),
     ("protection", 0.0, 1e4),
+    ("drift_weight", 0.0, 1e4),
+    ("keep_weight", 0.0, 1e4),
     ("learning_rate", 1e-6, 10.0),
+    ("stop_below", 0.0, 1.0),
     ("guidance_scale", 0.0, 100.0),
 )
 _ADVICE = {
-    "steps": "60 is the balanced preset's choice.",
-    "rank": "64 is usual; more only helps when the report says that little is left of the edit.",
+    "steps": "48 is the balanced preset's choice, 0 is the instant form.",
+    "rank": "16 is usual; more only helps when the report says that the concept moved too little.",
     "eta": "0 moves to the alternative, 1 pushes as far again beyond it.",
     "learning_rate": "0.003 is usual; above 0.005 the start is undone.",
-    "trajectories": "Two are the least: one to train on, one to check on.",
+    "stop_below": "0.03 is usual, 0 trains all steps.",
 }
 
 

@@ -23,10 +23,14 @@ class PredictionError(RuntimeError):
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Token embeddings (tokens, width) of a prompt with the concept and of its alternative."""
+    """Token embeddings (tokens, width) of a prompt with the concept and of its alternative.
+
+    ``concept`` is the place of the concept in the settings.
+    """
 
     erased: Tensor
     alternative: Tensor
+    concept: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,17 +41,26 @@ class States:
         x: (n, c, h, w) latents in the model's scale.
         sigma: (n,) noise levels.
         x0_null: (n, c, h, w) frozen prediction under the null prompt.
-        g_erased: (n, c, h, w) frozen guidance term of the prompt with the concept.
-        g_alternative: (n, c, h, w) frozen guidance term of its alternative.
-        pair: (n,) which prompt pair drove or accompanied the trajectory.
+        guidance: (n, m, c, h, w) frozen guidance terms of the m prompts that went along: ``e`` and
+            ``a`` of a prompt pair, or a keep prompt alone.
+        index: (n,) which prompt pair, or which keep prompt.
     """
 
     x: Tensor
     sigma: Tensor
     x0_null: Tensor
-    g_erased: Tensor
-    g_alternative: Tensor
-    pair: Tensor
+    guidance: Tensor
+    index: Tensor
+
+    @property
+    def g_erased(self) -> Tensor:
+        """Frozen guidance term of the prompt with the concept, (n, c, h, w)."""
+        return self.guidance[:, 0]
+
+    @property
+    def g_alternative(self) -> Tensor:
+        """Frozen guidance term of its alternative, (n, c, h, w)."""
+        return self.guidance[:, 1]
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -75,14 +88,62 @@ class Sampling:
     guidance_scale: float
 
 
-def sample_states(
-    denoiser: Denoiser,
-    null: Tensor,
+@dataclass(frozen=True)
+class Trajectories:
+    """What to sample side by side.
+
+    Attributes:
+        prompts: for each trajectory, the token embeddings of the prompts evaluated along it; as
+            many for each.
+        driver: for each trajectory, which of them drives the sampler.
+        index: for each trajectory, which prompt pair or keep prompt it is for.
+        noise: (trajectories, c, h, w) standard normal.
+    """
+
+    prompts: Sequence[Sequence[Tensor]]
+    driver: Sequence[int]
+    index: Sequence[int]
+    noise: Tensor
+
+    def __getitem__(self, part: slice) -> Trajectories:
+        return Trajectories(
+            self.prompts[part], self.driver[part], self.index[part], self.noise[part]
+        )
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def draw_pairs(
     pairs: Sequence[EncodedPair],
-    chosen: Sequence[int],
-    driven_by_erased: Sequence[bool],
-    noise: Tensor,
-    sampling: Sampling,
+    count: int,
+    shape: Sequence[int],
+    generator: torch.Generator,
+) -> Trajectories:
+    """Trajectories of prompt pairs, half driven by ``e`` and half by ``a``.
+
+    The concepts take turns, and each pair of a concept comes once before any comes again.
+
+    Args:
+        shape: (c, h, w) of a latent.
+    """
+    concepts = max(pair.concept for pair in pairs) + 1
+    members = [[i for i, p in enumerate(pairs) if p.concept == c] for c in range(concepts)]
+    waiting: list[list[int]] = [[] for _ in members]
+    chosen = []
+    for turn in range(count):
+        own, left = members[turn % concepts], waiting[turn % concepts]
+        if not left:
+            left += [own[i] for i in torch.randperm(len(own), generator=generator).tolist()]
+        chosen.append(left.pop(0))
+    driver = [turn // concepts % 2 for turn in range(count)]
+    noise = torch.randn(count, *shape, generator=generator)
+    prompts = [(pairs[i].erased, pairs[i].alternative) for i in chosen]
+    return Trajectories(prompts, driver, chosen, noise)
+
+
+def sample_states(
+    denoiser: Denoiser, null: Tensor, wanted: Trajectories, sampling: Sampling
 ) -> Iterator[int]:
     """Sample trajectories side by side on the frozen model, keeping every state.
 
@@ -91,49 +152,47 @@ def sample_states(
 
     Args:
         null: token embeddings of the null prompt.
-        chosen: for each trajectory, the index of its prompt pair.
-        driven_by_erased: for each trajectory, whether ``e`` (else ``a``) drives the sampler.
-        noise: (trajectories, c, h, w) standard normal.
 
     Raises:
         PredictionError: a prediction is NaN or infinite.
     """
-    count = len(chosen)
-    prompts = [pairs[i].erased for i in chosen] + [pairs[i].alternative for i in chosen]
-    tokens = stack_tokens([null] * count + prompts).to(denoiser.device)
-    drives = torch.tensor(driven_by_erased, device=denoiser.device).view(-1, 1, 1, 1)
-    x = denoiser.noisy_latent(noise.to(denoiser.device), sampling.sigmas[0])
+    count, along = len(wanted), len(wanted.prompts[0])
+    by_role = [prompts[role] for role in range(along) for prompts in wanted.prompts]
+    tokens = stack_tokens([null] * count + by_role).to(denoiser.device)
+    driver = torch.tensor(wanted.driver, device=denoiser.device)
+    lane = torch.arange(count, device=denoiser.device)
+    x = denoiser.noisy_latent(wanted.noise.to(denoiser.device), sampling.sigmas[0])
     parts = []
     for sigma, sigma_next in zip(sampling.sigmas[:-1], sampling.sigmas[1:], strict=True):
         levels = sigma.repeat(count).to(denoiser.device)
         with torch.no_grad():
-            x0 = denoiser.predict_x0(x.repeat(3, 1, 1, 1), levels.repeat(3), tokens)
+            x0 = denoiser.predict_x0(x.repeat(1 + along, 1, 1, 1), levels.repeat(1 + along), tokens)
         check_finite(x0, float(sigma))
-        parts.append(states_at(x, levels, x0, chosen))
-        x0_null, x0_erased, x0_alternative = x0.chunk(3)
-        x0_prompt = torch.where(drives, x0_erased, x0_alternative)
-        x = euler_step(x, x0_null, x0_prompt, sigma, sigma_next, sampling.guidance_scale)
-        yield x0.shape[0]
+        parts.append(states_at(x, levels, x0, wanted.index))
+        x0 = x0.unflatten(0, (1 + along, count))
+        x = euler_step(x, x0[0], x0[1 + driver, lane], sigma, sigma_next, sampling.guidance_scale)
+        yield x0.shape[0] * count
     return States.join(parts)
 
 
-def states_at(x: Tensor, sigma: Tensor, x0: Tensor, chosen: Sequence[int]) -> States:
-    """States from one evaluation of the frozen model on the batch ``[0, e, a]``.
+def states_at(x: Tensor, sigma: Tensor, x0: Tensor, index: Sequence[int]) -> States:
+    """States from one evaluation of the frozen model on the batch ``[0, ...]``.
 
     Args:
         x: (n, c, h, w) latents.
         sigma: (n,) noise levels.
-        x0: (3 n, c, h, w) predictions under the null prompt, then ``e``, then ``a``.
-        chosen: prompt pair of each latent.
+        x0: (n + m n, c, h, w) predictions under the null prompt, then under the m prompts that
+            went along, role by role.
+        index: prompt pair or keep prompt of each latent.
     """
-    x0_null, x0_erased, x0_alternative = x0.chunk(3)
+    x0_null, *along = x0.chunk(x0.shape[0] // x.shape[0])
+    guidance = [guidance_term(x0_null, x0_prompt, sigma) for x0_prompt in along]
     return States(
         x=x.cpu(),
         sigma=sigma.cpu(),
         x0_null=x0_null.cpu(),
-        g_erased=guidance_term(x0_null, x0_erased, sigma).cpu(),
-        g_alternative=guidance_term(x0_null, x0_alternative, sigma).cpu(),
-        pair=torch.tensor(chosen),
+        guidance=torch.stack(guidance, dim=1).cpu(),
+        index=torch.tensor(index),
     )
 
 

@@ -1,4 +1,4 @@
-"""The subspace of the edit: what must stay exact, what moves, and how much of it is left.
+"""What must stay exact: the space of token embeddings that the edit can't see.
 
 In a U-Net the prompt enters only through ``K = W_k C`` and ``V = W_v C`` of the cross-attentions.
 With ``dW = B R^T`` and ``R`` orthogonal to the token embeddings of a prompt, ``dW C = 0``: the
@@ -31,7 +31,8 @@ class KeptPrompt:
     Attributes:
         text: the prompt.
         exact: whether it is in the exact set.
-        share_left: share of the edit direction left with it (and all before it) in the exact set.
+        share_left: share of the edit left with it (and all before it) in the exact set; with
+            several concepts, of the one that is left the least.
     """
 
     text: str
@@ -40,75 +41,71 @@ class KeptPrompt:
 
 
 @dataclass(frozen=True)
-class EditSubspace:
-    """The basis of the edit and the account of what it protects.
+class ExactSet:
+    """The prompts that can't move, as a space of token embeddings, and what they leave.
 
     Attributes:
-        basis: R, (width, rank), float64, orthonormal and orthogonal to the exact set.
-        share_left: share of the edit direction left beside the exact set, 0 to 1.
-        share_spanned: share of what is left that R spans.
-        exact_rank: dimension of the exact set.
+        basis: (width, m) float64, orthonormal; spans every token of every exact prompt.
+        shares_left: share of each concept's edit that is left beside it, 0 to 1.
         kept: the keep prompts in the user's order.
     """
 
     basis: Tensor
-    share_left: float
-    share_spanned: float
-    exact_rank: int
+    shares_left: list[float]
     kept: list[KeptPrompt] = field(default_factory=list)
 
+    @property
+    def share_left(self) -> float:
+        """Share left to the concept that it leaves the least."""
+        return min(self.shares_left)
 
-def edit_subspace(
-    edits: Tensor,
+
+def exact_set(
+    edits: Sequence[Tensor],
     required: Sequence[Tensor],
     keep: Sequence[tuple[str, Tensor]],
-    rank: int,
-) -> EditSubspace:
-    """Choose the exact set and the basis R of an edit.
+) -> ExactSet:
+    """Choose the exact set.
 
     Args:
-        edits: differences ``C_e - C_a`` over all templates and tokens, (n, width).
+        edits: for each concept, the differences ``C_a - C_e`` over its templates and tokens,
+            (n, width).
         required: token embeddings (tokens, width) of the prompts that must be exact in any case.
         keep: name and token embeddings of the prompts to keep, most important first. One that
-            would leave less than 25 % of the edit direction stays out of the exact set.
-        rank: most columns R may have.
+            would leave less than 25 % of some concept's edit stays out of the exact set.
 
     Raises:
-        SubspaceError: the required prompts alone leave less than 10 % of the edit direction, or
-            the embeddings don't differ or aren't finite.
+        SubspaceError: the required prompts alone leave less than 10 % of an edit, or the
+            embeddings don't differ or aren't finite.
     """
-    edits = edits.double().cpu()
-    total = float(edits.square().sum())
-    if not isfinite(total):
-        raise SubspaceError(
-            "The text encoder's embeddings contain NaN or infinity. Load the CLIP in fp32 or bf16, "
-            "and check that it encodes ordinary prompts."
-        )
-    if total == 0:
-        raise SubspaceError(
-            "The text encoder gives the concept and its alternative the same embeddings, so there "
-            "is no difference to train on. Name a different alternative."
-        )
-    exact = torch.zeros(edits.shape[1], 0, dtype=torch.float64)
+    edits = [_checked(rows.double().cpu()) for rows in edits]
+    basis = torch.zeros(edits[0].shape[1], 0, dtype=torch.float64)
     for rows in required:
-        exact = extend_basis(exact, rows)
-    left = _share_left(edits, exact, total)
-    if left < REFUSE_BELOW:
+        basis = extend_basis(basis, rows)
+    shares = _shares_left(edits, basis)
+    if min(shares) < REFUSE_BELOW:
         raise SubspaceError(
-            f"Only {left:.0%} of the difference that must be edited is left beside the null "
+            f"Only {min(shares):.0%} of the difference that must be edited is left beside the null "
             "prompt and your negative prompts (at least 10 % is needed). Remove negative prompts "
             "that name the concept or come close to it."
         )
     kept = []
     for text, rows in keep:
-        wider = extend_basis(exact, rows)
-        share = _share_left(edits, wider, total)
-        fits = share >= KEEP_FLOOR
+        wider = extend_basis(basis, rows)
+        left = _shares_left(edits, wider)
+        fits = min(left) >= KEEP_FLOOR
         if fits:
-            exact, left = wider, share
-        kept.append(KeptPrompt(text, fits, share))
-    basis, spanned = _leading_directions(edits, exact, rank)
-    return EditSubspace(basis, left, spanned, exact.shape[1], kept)
+            basis, shares = wider, left
+        kept.append(KeptPrompt(text, fits, min(left)))
+    return ExactSet(basis, shares, kept)
+
+
+def complement(basis: Tensor) -> Tensor:
+    """Orthonormal columns (width, width - m) that complete ``basis`` (width, m), float64."""
+    width, taken = basis.shape
+    full = torch.linalg.qr(basis, mode="complete").Q
+    free = full[:, taken:]
+    return torch.linalg.qr(_remove(free.T, basis).T).Q if taken < width else free
 
 
 def extend_basis(basis: Tensor, rows: Tensor) -> Tensor:
@@ -133,17 +130,23 @@ def leakage(basis: Tensor, tokens: Tensor) -> float:
     )
 
 
-def _leading_directions(edits: Tensor, exact: Tensor, rank: int) -> tuple[Tensor, float]:
-    rest = _remove(edits, exact)
-    _, sizes, directions = torch.linalg.svd(rest, full_matrices=False)
-    real = int((sizes > sizes[0] * 1e-9).sum())
-    leading = directions[: min(rank, real)]
-    basis = torch.linalg.qr(_remove(leading, exact).T).Q
-    return basis, float(sizes[: len(leading)].square().sum() / sizes.square().sum())
+def _checked(rows: Tensor) -> Tensor:
+    size = float(rows.square().sum())
+    if not isfinite(size):
+        raise SubspaceError(
+            "The text encoder's embeddings contain NaN or infinity. Load the CLIP in fp32 or bf16, "
+            "and check that it encodes ordinary prompts."
+        )
+    if size == 0:
+        raise SubspaceError(
+            "The text encoder gives the concept and its alternative the same embeddings, so there "
+            "is no difference to train on. Name a different alternative."
+        )
+    return rows
 
 
-def _share_left(edits: Tensor, exact: Tensor, total: float) -> float:
-    return float(_remove(edits, exact).square().sum()) / total
+def _shares_left(edits: Sequence[Tensor], basis: Tensor) -> list[float]:
+    return [float(_remove(rows, basis).square().sum() / rows.square().sum()) for rows in edits]
 
 
 def _remove(rows: Tensor, basis: Tensor) -> Tensor:

@@ -1,15 +1,17 @@
-"""The one training loop: fit B of ``dW = B R^T`` to the surgical target on pooled states."""
+"""The one training loop: fit ``dW = B R^T`` to the surgical target on pooled states."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .denoiser import Denoiser, LowRankEdit, stack_tokens
 from .guidance import guidance_term, surgery_loss, surgical_target, weighted_error
+from .layers import reads_prompt
 from .settings import EraseSettings
 from .states import EncodedPair, States
 
@@ -26,81 +28,152 @@ class Ridge:
 
     ``M`` is the second moment of the token embeddings of plain captions, so the term is the mean
     square change of keys and values for ordinary tokens, relative to their own mean square. It is
-    what keeps the prompts nobody named.
+    what keeps the prompts nobody named. Matrices that read something else than tokens don't count.
 
     Args:
         matrices: W by name, (out, width).
-        basis: R, (width, rank).
         moment: M, (width, width).
+        device: where edits are.
     """
 
-    def __init__(self, matrices: Mapping[str, Tensor], basis: Tensor, moment: Tensor) -> None:
-        inner = (basis.double().T @ moment.double() @ basis.double()).float()
-        self._scale = {name: 1 / _energy(weight, moment) for name, weight in matrices.items()}
-        self._inner = inner.to(next(iter(matrices.values())).device)
+    def __init__(
+        self, matrices: Mapping[str, Tensor], moment: Tensor, device: torch.device | str = "cpu"
+    ) -> None:
+        readers = {name: w for name, w in matrices.items() if reads_prompt(name)}
+        self._scale = {name: 1 / _energy(weight, moment) for name, weight in readers.items()}
+        self._moment = moment.float().to(device)
 
-    def __call__(self, factors: Mapping[str, Tensor]) -> Tensor:
-        terms = [((b @ self._inner) * b).sum() * self._scale[name] for name, b in factors.items()]
-        return torch.stack(terms).mean()
+    def __call__(self, edit: LowRankEdit) -> Tensor:
+        inner: dict[int, Tensor] = {}
+        terms = []
+        for name, scale in self._scale.items():
+            factor, basis = edit.factors[name], edit.bases[name]
+            if id(basis) not in inner:
+                inner[id(basis)] = basis.T @ self._moment @ basis
+            terms.append(((factor @ inner[id(basis)]) * factor).sum() * scale)
+        return torch.stack(terms).mean() if terms else self._moment.new_zeros(())
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What there is to train on.
+
+    Attributes:
+        pairs: token embeddings of the prompt pairs that the states refer to.
+        states: states of the prompt pairs.
+        null: token embeddings of the null prompt.
+        kept: token embeddings of the prompts that the soft form holds.
+        kept_states: states along which they were sampled; None without any.
+    """
+
+    pairs: Sequence[EncodedPair]
+    states: States
+    null: Tensor
+    kept: Sequence[Tensor] = ()
+    kept_states: States | None = None
+
+    def concepts(self) -> Tensor:
+        """Which concept each state is for, (n,)."""
+        return torch.tensor([self.pairs[i].concept for i in self.states.index.tolist()])
 
 
 class SurgeryTrainer:
-    """Trains the factors B on pooled states; the model and R stay fixed.
+    """Trains an edit on pooled states; the model stays fixed.
 
-    The factors and the optimiser are float32 whatever the model's dtype: Adam's steps are far
-    below the resolution of half precision.
+    In the hard form only the factors B train, and a state trains the columns of its own concept,
+    so that the concepts stay separable. In the soft form B and R train, on all states.
+
+    Everything trained and the optimiser are float32 whatever the model's dtype: Adam's steps are
+    far below the resolution of half precision.
 
     Args:
         denoiser: the model.
-        pairs: token embeddings of the prompt pairs that the states refer to.
-        states: the training states.
-        basis: R, (width, rank).
-        start: B to start from by matrix name, (out, rank).
+        pool: the states and the prompts they are for.
+        start: the edit to start from.
+        columns: for each concept, where its columns of R begin and end.
         ridge: the protection of ordinary language.
-        settings: steps, batch, learning rate, eta, protection, seed.
-
-    Raises:
-        TrainingError: the guidance is already where it should go on every state.
+        protection: its weight.
+        settings: form and weights, steps, batch, learning rate, eta, seed.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
-        pairs: Sequence[EncodedPair],
-        states: States,
-        basis: Tensor,
-        start: Mapping[str, Tensor],
+        pool: Pool,
+        start: LowRankEdit,
+        columns: Sequence[tuple[int, int]],
         ridge: Ridge,
+        protection: float,
         settings: EraseSettings,
     ) -> None:
-        self._denoiser, self._pairs, self._states = denoiser, pairs, states
-        self._ridge, self._settings = ridge, settings
+        self._denoiser, self._pool, self._settings = denoiser, pool, settings
+        self._ridge, self._protection = ridge, protection
+        states = pool.states
         self._targets = surgical_target(states.g_erased, states.g_alternative, settings.eta)
         distance = float(weighted_error(states.g_erased - self._targets))
-        if distance <= 1e-12 * float(weighted_error(states.g_erased)):
-            raise TrainingError(
-                f"The model already draws {settings.concept!r} like its replacement: there is no "
-                "guidance to change. Check the spelling, or name a different alternative."
-            )
         self._scale = 1 / distance
-        factors = {
-            name: b.to(denoiser.device, copy=True).requires_grad_() for name, b in start.items()
-        }
-        self.edit = LowRankEdit.shared(basis.float().to(denoiser.device), factors)
-        self._optimiser = _optimiser(self.edit.factors, denoiser.matrices(), settings)
+        self._soft = settings.form == "soft"
+        self._asks_null = self._soft and bool(
+            settings.drift_weight or settings.null_score != "frozen"
+        )
+        self._asks_kept = self._soft and bool(settings.keep_weight and pool.kept_states)
+        self.edit = _trainable(start, denoiser.device, bases_too=self._soft)
+        self._columns = [] if self._soft or len(columns) < 2 else columns
+        self._concepts = pool.concepts()
+        self._optimiser = _optimiser(self.edit, denoiser.matrices(), settings)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimiser, _warmup_then_cosine(settings.steps)
         )
+        kept = torch.arange(len(pool.kept_states) if self._asks_kept else 0)
+        self._kept_draws = draws([kept], settings.batch, settings.seed)
 
     def loss(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Surgery loss and ridge at the states ``index`` (n,); nothing moved is a loss of 1."""
-        states, device = self._states[index], self._denoiser.device
-        tokens = stack_tokens([self._pairs[i].erased for i in states.pair.tolist()]).to(device)
-        sigma = states.sigma.to(device)
-        x0 = self._denoiser.predict_x0(states.x.to(device), sigma, tokens, self.edit)
-        guidance = guidance_term(states.x0_null.to(device), x0, sigma)
-        surgery = surgery_loss(guidance, self._targets[index].to(device))
-        return surgery * self._scale, self._ridge(self.edit.factors)
+        edit = self._seen_by(int(self._concepts[index[0]]))
+        states = self._pool.states[index]
+        tokens = [self._pool.pairs[i].erased for i in states.index.tolist()]
+        asked = [(states, tokens)]
+        if self._asks_null:
+            asked.append((states, [self._pool.null] * len(states)))
+        if self._asks_kept:
+            kept = self._pool.kept_states[next(self._kept_draws)]
+            asked.append((kept, [self._pool.kept[i] for i in kept.index.tolist()]))
+        guidance, *others = self._guidance(asked, edit)
+        drift = others.pop(0) if self._asks_null else None
+        kept_drifts = [g - kept.g_erased.to(g) for g in others]
+        loss = surgery_loss(
+            guidance,
+            self._targets[index].to(guidance),
+            drift=drift,
+            drift_weight=self._settings.drift_weight if self._soft else 0.0,
+            kept_drifts=kept_drifts,
+            keep_weight=self._settings.keep_weight,
+            null_score=self._settings.null_score if self._soft else "frozen",
+        )
+        return loss * self._scale, self._ridge(edit)
+
+    def _guidance(
+        self, asked: Sequence[tuple[States, Sequence[Tensor]]], edit: LowRankEdit
+    ) -> list[Tensor]:
+        """``eps_theta(x, c) - eps*(x, 0)`` of each group of states and prompts, in one forward."""
+        device = self._denoiser.device
+        x = torch.cat([states.x for states, _ in asked]).to(device)
+        sigma = torch.cat([states.sigma for states, _ in asked]).to(device)
+        x0_null = torch.cat([states.x0_null for states, _ in asked]).to(device)
+        tokens = stack_tokens([rows for _, prompts in asked for rows in prompts]).to(device)
+        x0 = self._denoiser.predict_x0(x, sigma, tokens, edit)
+        return list(guidance_term(x0_null, x0, sigma).split([len(states) for states, _ in asked]))
+
+    def _seen_by(self, concept: int) -> LowRankEdit:
+        """The edit with a gradient in the columns of one concept only."""
+        if not self._columns:
+            return self.edit
+        start, end = self._columns[concept]
+        rank = next(iter(self.edit.factors.values())).shape[1]
+        own = torch.zeros(rank, dtype=torch.bool, device=self._denoiser.device)
+        own[start:end] = True
+        factors = {name: torch.where(own, b, b.detach()) for name, b in self.edit.factors.items()}
+        return LowRankEdit(self.edit.bases, factors)
 
     def step(self, index: Tensor) -> float:
         """One optimiser step on the states ``index``; returns the surgery loss before it.
@@ -116,32 +189,65 @@ class SurgeryTrainer:
                 f"{self._settings.learning_rate:g}), or load the model in bf16 or fp32."
             )
         self._optimiser.zero_grad()
-        (surgery + self._settings.protection * ridge).backward()
+        (surgery + self._protection * ridge).backward()
         self._optimiser.step()
         self._schedule.step()
         return value
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[float]:
         """All steps, yielding the surgery loss of each; ends early when ``should_stop()``."""
-        draws = _draws(len(self._states), self._settings)
+        concepts = [
+            (self._concepts == concept).nonzero().flatten() for concept in self._concepts.unique()
+        ]
+        batches = draws(concepts, self._settings.batch, self._settings.seed)
         for _ in range(self._settings.steps):
             if should_stop():
                 return
-            yield self.step(next(draws))
+            yield self.step(next(batches))
 
     def result(self) -> LowRankEdit:
         """The edit so far, detached."""
-        factors = {name: b.detach().clone() for name, b in self.edit.factors.items()}
-        return LowRankEdit(self.edit.bases, factors)
+        return self.edit.to(self._denoiser.device).copy()
+
+
+def draws(groups: Sequence[Tensor], batch: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches of state indices, the groups in turn, each state once per pass of its group.
+
+    Args:
+        groups: indices of the states of each concept, (n,) each.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    waiting = [torch.empty(0, dtype=torch.long) for _ in groups]
+    while True:
+        for number, members in enumerate(groups):
+            while len(waiting[number]) < batch:
+                order = torch.randperm(len(members), generator=generator)
+                waiting[number] = torch.cat([waiting[number], members[order]])
+            yield waiting[number][:batch]
+            waiting[number] = waiting[number][batch:]
+
+
+def _trainable(start: LowRankEdit, device: torch.device, bases_too: bool) -> LowRankEdit:
+    start = start.to(device).copy()
+    bases = start.bases
+    if bases_too:  # each matrix gets its own
+        bases = {name: basis.clone().requires_grad_() for name, basis in bases.items()}
+    return LowRankEdit(bases, {name: b.requires_grad_() for name, b in start.factors.items()})
 
 
 def _optimiser(
-    factors: Mapping[str, Tensor], matrices: Mapping[str, Tensor], settings: EraseSettings
+    edit: LowRankEdit, matrices: Mapping[str, Tensor], settings: EraseSettings
 ) -> torch.optim.Adam:
     """Adam whose step is a fixed share of each matrix's own size, so one rate fits all models."""
+    rate = settings.learning_rate
     groups = [
-        {"params": [b], "lr": settings.learning_rate * _root_mean_square(matrices[name])}
-        for name, b in factors.items()
+        {"params": [b], "lr": rate * _root_mean_square(matrices[name])}
+        for name, b in edit.factors.items()
+    ]
+    groups += [
+        {"params": [basis], "lr": rate * _root_mean_square(basis.detach())}
+        for basis in edit.bases.values()
+        if basis.requires_grad
     ]
     return torch.optim.Adam(groups, betas=(0.9, 0.99))
 
@@ -156,17 +262,6 @@ def _warmup_then_cosine(steps: int) -> Callable[[int], float]:
         return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return factor
-
-
-def _draws(count: int, settings: EraseSettings) -> Iterator[Tensor]:
-    """Endless batches of state indices, each state once per pass."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    waiting = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(waiting) < settings.batch:
-            waiting = torch.cat([waiting, torch.randperm(count, generator=generator)])
-        yield waiting[: settings.batch]
-        waiting = waiting[settings.batch :]
 
 
 def _energy(weight: Tensor, moment: Tensor) -> float:

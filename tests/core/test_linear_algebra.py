@@ -2,12 +2,20 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
-from concept_surgery.erase_core.closed_form import align_tokens, closed_form_factors
+from concept_surgery.erase_core.closed_form import (
+    MOST_COLUMNS,
+    EditRegression,
+    TokenEdit,
+    align_tokens,
+)
+from concept_surgery.erase_core.denoiser import LowRankEdit
 from concept_surgery.erase_core.subspace import (
     KEEP_FLOOR,
     SubspaceError,
-    edit_subspace,
+    complement,
+    exact_set,
     extend_basis,
     leakage,
 )
@@ -36,58 +44,167 @@ def test_basis_spans_what_it_was_given(first, second, seed):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 12), st.integers(0, 3), st.integers(0, 10_000))
-def test_basis_of_the_edit_never_sees_exact_prompts(rank, kept, seed):
-    keep = [(f"prompt {i}", rows(5, seed + 10 + i)) for i in range(kept)]
-    null = rows(6, seed + 1)
-    found = edit_subspace(rows(30, seed), [null], keep, rank)
-    assert leakage(found.basis, null) < 1e-12
-    for (_, tokens), prompt in zip(keep, found.kept, strict=True):
-        assert prompt.exact == (prompt.share_left >= KEEP_FLOOR)
-        assert (leakage(found.basis, tokens) < 1e-12) == prompt.exact
+@given(st.integers(0, 30), st.integers(0, 10_000))
+def test_complement_completes_the_basis(taken, seed):
+    basis = extend_basis(torch.zeros(WIDTH, 0, dtype=torch.float64), rows(taken + 1, seed))
+    whole = np.concatenate([basis.numpy(), complement(basis).numpy()], axis=1)
+    np.testing.assert_allclose(whole.T @ whole, np.eye(WIDTH), atol=1e-12)
 
 
 def test_a_prompt_that_does_not_fit_is_approximate_and_the_rest_still_tried():
-    edits = rows(30, 0)
     keep = [("too wide", rows(WIDTH - 8, 1)), ("narrow", rows(2, 2))]
-    found = edit_subspace(edits, [rows(2, 3)], keep, 4)
+    found = exact_set([rows(30, 0)], [rows(2, 3)], keep)
     assert [prompt.exact for prompt in found.kept] == [False, True]
-    assert found.kept[0].share_left < KEEP_FLOOR
+    assert found.kept[0].share_left < KEEP_FLOOR <= found.kept[1].share_left == found.share_left
+
+
+def test_a_prompt_is_kept_exact_only_if_every_concept_has_room_beside_it():
+    narrow = rows(1, 5).repeat(4, 1)
+    found = exact_set([rows(30, 0), narrow], [rows(2, 3)], [("its own", narrow[:1])])
+    assert not found.kept[0].exact and found.kept[0].share_left < 1e-9
 
 
 def test_no_room_is_refused():
     with pytest.raises(SubspaceError, match="negative prompts"):
-        edit_subspace(rows(10, 0), [rows(WIDTH - 1, 1)], [], 4)
+        exact_set([rows(10, 0)], [rows(WIDTH - 1, 1)], [])
 
 
 def test_no_difference_is_refused():
     with pytest.raises(SubspaceError, match="same embeddings"):
-        edit_subspace(torch.zeros(4, WIDTH), [], [], 4)
+        exact_set([torch.zeros(4, WIDTH)], [], [])
 
 
 def test_embeddings_that_are_not_finite_are_refused():
     with pytest.raises(SubspaceError, match="contain NaN"):
-        edit_subspace(torch.full((4, WIDTH), float("nan")), [rows(2, 0)], [], 4)
+        exact_set([torch.full((4, WIDTH), float("nan"))], [rows(2, 0)], [])
 
 
-def test_closed_form_solves_the_ridge_regression():
-    weight, erased, other = rows(20, 1).contiguous(), rows(60, 2), rows(60, 3)
-    basis = torch.linalg.qr(rows(6, 4).T.double()).Q
-    moment = rows(100, 5).double().T @ rows(100, 5).double() / 100
-    found = closed_form_factors({"m": weight}, basis, [erased], [other], moment, 0.3)["m"]
-    z = erased.double().numpy() @ basis.numpy()
-    y = (other - erased).double().numpy() @ weight.double().numpy().T
-    ridge = 0.3 * basis.numpy().T @ moment.numpy() @ basis.numpy()
-    expected = np.linalg.solve(z.T @ z / 60 + ridge, z.T @ y / 60).T
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+class Regression:
+    """A small problem, and the same one in plain numpy from the definition."""
+
+    def __init__(self, seed: int, concepts: int, exact: int, ridge: float) -> None:
+        self.weights = {f"m{i}": rows(20 + i, seed + 50 + i) for i in range(3)}
+        self.edits = [
+            TokenEdit(rows(40, seed + 2 * i + 100), rows(40, seed + 2 * i + 101))
+            for i in range(concepts)
+        ]
+        self.exact = rows(exact, seed + 1)
+        self.basis = extend_basis(torch.zeros(WIDTH, 0, dtype=torch.float64), self.exact)
+        tokens = rows(300, seed + 2).double()
+        self.moment, self.ridge = tokens.T @ tokens / 300, ridge
+        self.problem = EditRegression(self.edits, self.basis, self.moment, self.weights)
+        moment = self.moment.numpy()
+        self.gram = sum(
+            w.T @ w / np.trace(w @ moment @ w.T)
+            for w in (weight.double().numpy() for weight in self.weights.values())
+        ) / len(self.weights)
+
+    def inner(self) -> np.ndarray:
+        sources = [edit.source.double().numpy() for edit in self.edits]
+        return sum(c.T @ c / len(c) for c in sources) + self.ridge * self.moment.numpy()
+
+    def free(self) -> np.ndarray:
+        return scipy.linalg.null_space(self.exact.double().numpy())
+
+    def whole(self, concept: int) -> np.ndarray:
+        """M of the unrestricted solution ``dW = W M``: normal equations in the free space."""
+        edit, free = self.edits[concept], self.free()
+        source, change = edit.source.double().numpy(), edit.change.numpy()
+        cross = change.T @ source / len(source) @ free
+        return scipy.linalg.solve(free.T @ self.inner() @ free, cross.T, assume_a="pos").T @ free.T
+
+    def distance(self, matrix: np.ndarray) -> float:
+        """``tr(G D inner D^T)`` of a difference D of two M."""
+        return float(np.trace(self.gram @ matrix @ self.inner() @ matrix.T))
+
+
+REGRESSIONS = st.builds(
+    Regression,
+    st.integers(0, 5000),
+    st.integers(1, 3),
+    st.integers(1, 8),
+    st.sampled_from((0.1, 3.0)),
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(REGRESSIONS)
+def test_at_full_rank_the_closed_form_is_the_ridge_regression(case):
+    found = case.problem.solve(case.ridge, WIDTH)
+    expected = sum(case.whole(i) for i in range(len(case.edits)))
+    np.testing.assert_allclose(
+        (found.mixing @ found.basis.T).numpy(), expected, rtol=1e-3, atol=1e-4
+    )
+    assert leakage(found.basis, case.exact) < 1e-12
+
+
+@settings(max_examples=15, deadline=None)
+@given(REGRESSIONS, st.integers(1, 8))
+def test_at_a_low_rank_it_is_the_best_of_that_rank(case, rank):
+    """Eckart and Young: what the best of a rank misses are the singular values beyond it."""
+    found = case.problem.solve(case.ridge, rank)
+    free = case.free()
+    inner = scipy.linalg.sqrtm(free.T @ case.inner() @ free).real
+    gram = scipy.linalg.sqrtm(case.gram).real
+    for concept, (start, end) in enumerate(found.columns):
+        assert end - start == rank
+        own = (found.mixing[:, start:end] @ found.basis[:, start:end].T).numpy()
+        whole = case.whole(concept)
+        sizes = scipy.linalg.svdvals(gram @ whole @ free @ inner)
+        missed = case.distance(whole - own)
+        assert missed == pytest.approx(
+            (sizes[rank:] ** 2).sum(), rel=1e-2, abs=1e-5 * (sizes**2).sum()
+        )
+
+
+@settings(max_examples=15, deadline=None)
+@given(REGRESSIONS)
+def test_what_moved_and_what_it_harms_are_as_defined(case):
+    found = case.problem.solve(case.ridge, 5)
+    factors = found.factors(case.weights)
+    for edit, moved in zip(case.edits, found.moved, strict=True):
+        left = before = 0.0
+        for name, weight in case.weights.items():
+            w, delta = weight.double(), factors[name].double() @ found.basis.T
+            scale = 1 / float(torch.trace(w @ case.moment @ w.T))
+            left += scale * float(
+                (edit.change @ w.T - edit.source.double() @ delta.T).square().sum()
+            )
+            before += scale * float((edit.change @ w.T).square().sum())
+        assert moved == pytest.approx(1 - left / before, abs=1e-4)
+    harms = [
+        float(torch.trace(d @ case.moment @ d.T) / torch.trace(w @ case.moment @ w.T))
+        for w, d in (
+            (w.double(), factors[name].double() @ found.basis.T) for name, w in case.weights.items()
+        )
+    ]
+    assert found.harm == pytest.approx(sum(harms) / len(harms), rel=1e-3)
+
+
+def test_a_stronger_ridge_moves_and_harms_less():
+    problem = Regression(3, 1, 4, 1.0).problem
+    found = [problem.solve(ridge, WIDTH) for ridge in (0.01, 0.1, 1.0, 10.0)]
+    harms = [solution.harm for solution in found]
+    moved = [min(solution.moved) for solution in found]
+    assert harms == sorted(harms, reverse=True) and moved == sorted(moved, reverse=True)
+    assert harms[0] > 2 * harms[-1]
+
+
+def test_many_concepts_share_the_columns_there_are():
+    case = Regression(1, 3, 4, 1.0)
+    problem = EditRegression(case.edits * 100, case.basis, case.moment, case.weights)
+    found = problem.solve(1.0, 16)
+    assert found.basis.shape[1] == 300 * (MOST_COLUMNS // 300) <= MOST_COLUMNS
 
 
 def test_ridge_is_the_relative_change_of_ordinary_keys():
     tokens, weight = rows(200, 1).double(), rows(20, 2)
-    basis = torch.linalg.qr(rows(6, 3).T.double()).Q
+    basis = torch.linalg.qr(rows(6, 3).T).Q
     factor = torch.randn(20, 6, generator=torch.Generator().manual_seed(4))
-    ridge = Ridge({"m": weight}, basis, tokens.T @ tokens / 200)({"m": factor})
-    change = tokens.numpy() @ basis.numpy() @ factor.double().numpy().T
+    names = ("x_attn2_to_k", "x_attn2_to_q")
+    edit = LowRankEdit.shared(basis, dict.fromkeys(names, factor))
+    ridge = Ridge(dict.fromkeys(names, weight), tokens.T @ tokens / 200)(edit)
+    change = tokens.numpy() @ basis.double().numpy() @ factor.double().numpy().T
     before = tokens.numpy() @ weight.double().numpy().T
     assert float(ridge) == pytest.approx((change**2).sum() / (before**2).sum(), rel=1e-5)
 

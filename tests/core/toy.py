@@ -7,6 +7,7 @@ import hashlib
 import torch
 from concept_surgery.erase_core.denoiser import LowRankSidePath
 from concept_surgery.erase_core.fingerprint import fingerprint
+from concept_surgery.erase_core.layers import matching
 from torch import nn
 
 WIDTH, TOKENS, CHANNELS = 96, 12, 4
@@ -17,13 +18,20 @@ class ToyDenoiser:
 
     family, device = "toy", torch.device("cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, layers: str = "key-value") -> None:
         torch.manual_seed(0)
         self.key, self.value = nn.Linear(WIDTH, 16, bias=False), nn.Linear(WIDTH, 16, bias=False)
         self.query, self.out = nn.Linear(CHANNELS, 16), nn.Linear(16, CHANNELS)
         for module in (self.key, self.value, self.query, self.out):
             module.requires_grad_(False)
-        self._side_path = LowRankSidePath({"key": self.key, "value": self.value})
+        linear = {
+            "toy_attn2_to_k": self.key,
+            "toy_attn2_to_v": self.value,
+            "toy_attn2_to_q": self.query,
+            "toy_attn2_to_out": self.out,
+        }
+        self._trained = {name: linear[name] for name in matching(linear, layers)}
+        self._side_path = LowRankSidePath(self._trained)
         self.base = {"name": "toy", "fingerprint": fingerprint(self.matrices())}
         self.calls = 0
 
@@ -57,9 +65,9 @@ class ToyDenoiser:
         pixels = scaled.flatten(2).transpose(1, 2)
         with self._side_path.active(edit):
             keys, values = self.key(tokens), self.value(tokens)
-        weights = (self.query(pixels) @ keys.transpose(1, 2)).softmax(dim=-1)
-        eps = self.out(weights @ values).transpose(1, 2).reshape(x.shape)
+            weights = (self.query(pixels) @ keys.transpose(1, 2)).softmax(dim=-1)
+            eps = self.out(weights @ values).transpose(1, 2).reshape(x.shape)
         return x - sigma.view(-1, 1, 1, 1) * eps
 
     def matrices(self):
-        return {"key": self.key.weight, "value": self.value.weight}
+        return {name: layer.weight for name, layer in self._trained.items()}

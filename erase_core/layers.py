@@ -1,0 +1,45 @@
+"""Which matrices train: named rules over their kohya LoRA names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+LAYER_RULES: dict[str, tuple[str, ...]] = {
+    "key-value": ("*_attn2_to_k", "*_attn2_to_v"),
+    "cross-attention": ("*_attn2_to_*",),
+    "attention": ("*_attn1_to_*", "*_attn2_to_*"),
+    "transformer": ("*_transformer_blocks_*",),
+}
+
+
+class LayerRuleError(ValueError):
+    """A layer rule that matches nothing."""
+
+
+def matching(names: Iterable[str], rule: str) -> list[str]:
+    """The names that a rule takes, in their order.
+
+    Args:
+        names: kohya LoRA names of the matrices of a model.
+        rule: a key of :data:`LAYER_RULES`, or a pattern with ``*`` for any text.
+
+    Raises:
+        LayerRuleError: nothing matches; the message lists the rules.
+    """
+    names = list(names)
+    patterns = LAYER_RULES.get(rule, (rule,))
+    found = [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
+    if not found:
+        rules = ", ".join(f"{name} ({' '.join(p)})" for name, p in LAYER_RULES.items())
+        example = f" Its matrices are named like {names[0]}." if names else ""
+        raise LayerRuleError(
+            f"The layers {rule!r} match none of the model's {len(names)} matrices. Choose one of: "
+            f"{rules}; or give a pattern of your own.{example}"
+        )
+    return found
+
+
+def reads_prompt(name: str) -> bool:
+    """Whether the matrix is applied to the token embeddings of the prompt, and to nothing else."""
+    return any(fnmatchcase(name, pattern) for pattern in LAYER_RULES["key-value"])
