@@ -25,8 +25,9 @@ import comfy.model_patcher  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
 from concept_surgery.erase_core import erase, preset_settings  # noqa: E402
+from concept_surgery.erase_core.denoiser import LowRankEdit  # noqa: E402
 from concept_surgery.erase_core.states import EncodedPair, States  # noqa: E402
-from concept_surgery.erase_core.trainer import Ridge, SurgeryTrainer  # noqa: E402
+from concept_surgery.erase_core.trainer import Pool, Ridge, SurgeryTrainer  # noqa: E402
 from concept_surgery.nodes.host import ComfyDenoiser  # noqa: E402
 
 from tools.checkpoint import build_checkpoint  # noqa: E402
@@ -34,7 +35,7 @@ from tools.environment import BUILD  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "step_cost.json"
 RESOLUTION, MEMORY_RESOLUTION, PAIRS = 128, 256, 9
-RANK, TOKENS, WIDTH = 64, 77, 768
+RANK, TOKENS, WIDTH = 16, 77, 768
 UNET = {
     "image_size": 32,
     "in_channels": 4,
@@ -80,23 +81,27 @@ def loaded(resolution: int) -> ComfyDenoiser:
 
 def trainer_on(denoiser: ComfyDenoiser, resolution: int) -> SurgeryTrainer:
     """A trainer on random states and prompts: the values don't matter for the time."""
-    settings = preset_settings("balanced", concept="cat", resolution=resolution, rank=RANK)
+    settings = preset_settings("balanced", concepts="cat", resolution=resolution, rank=RANK)
     generator = torch.Generator().manual_seed(1)
     shape = (settings.batch, *denoiser.latent_shape(resolution))
     latents = [torch.randn(shape, generator=generator) for _ in range(4)]
     index = torch.zeros(settings.batch, dtype=torch.long)
-    states = States(latents[0], torch.full((settings.batch,), 2.0), *latents[1:], pair=index)
-    pair = EncodedPair(*torch.randn(2, TOKENS, WIDTH, generator=generator))
+    guidance = torch.stack(latents[2:], dim=1)
+    sigma = torch.full((settings.batch,), 2.0)
+    states = States(latents[0], sigma, latents[1], guidance, index)
+    erased, alternative, null = torch.randn(3, TOKENS, WIDTH, generator=generator)
+    pool = Pool([EncodedPair(erased, alternative)], states, null)
     basis = torch.linalg.qr(torch.randn(WIDTH, RANK, generator=generator)).Q
-    start = {n: torch.zeros(w.shape[0], RANK) for n, w in denoiser.matrices().items()}
-    ridge = Ridge(denoiser.matrices(), basis, torch.eye(WIDTH))
-    return SurgeryTrainer(denoiser, [pair], states, basis, start, ridge, settings)
+    zeros = {n: torch.zeros(w.shape[0], RANK) for n, w in denoiser.matrices().items()}
+    ridge = Ridge(denoiser.matrices(), torch.eye(WIDTH))
+    start = LowRankEdit.shared(basis, zeros)
+    return SurgeryTrainer(denoiser, pool, start, [(0, RANK)], ridge, 1.0, settings)
 
 
 def bare_step(denoiser: ComfyDenoiser, trainer: SurgeryTrainer) -> None:
     """Forward and backward of the same batch with the same trained values, nothing else."""
-    states = trainer._states
-    tokens = trainer._pairs[0].erased.expand(len(states), -1, -1)
+    states = trainer._pool.states
+    tokens = trainer._pool.pairs[0].erased.expand(len(states), -1, -1)
     for factor in trainer.edit.factors.values():
         factor.grad = None
     denoiser.predict_x0(states.x, states.sigma, tokens, trainer.edit).square().mean().backward()
@@ -153,8 +158,8 @@ def child(what: str) -> None:
         if what == "train":
             trainer.step(torch.arange(2))
         else:
-            states = trainer._states
-            tokens = trainer._pairs[0].erased.expand(2, -1, -1)
+            states = trainer._pool.states
+            tokens = trainer._pool.pairs[0].erased.expand(2, -1, -1)
             with torch.no_grad():
                 d.predict_x0(states.x, states.sigma, tokens)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -168,7 +173,7 @@ def balanced_cost() -> int:
     with torch.inference_mode():
         model, clip = comfy.sd.load_checkpoint_guess_config(str(path))[:2]
     settings = preset_settings(
-        "balanced", concept="cat", alternative="dog", keep=("tiger",), resolution=64, captions=24
+        "balanced", concepts="cat => dog", keep=("tiger",), resolution=64, captions=24
     )
     with torch.inference_mode(False), ComfyDenoiser(model, clip, "", 6, 64) as denoiser:
         *_, last = erase(settings, denoiser)

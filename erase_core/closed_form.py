@@ -24,6 +24,8 @@ MOST_COLUMNS = 640
 METRIC_MATRICES = 32
 # Directions that neither the prompts nor ordinary language use are kept from dividing by zero.
 FLOOR = 1e-6
+# Of the subspace iteration that finds the leading directions.
+OVERSAMPLING, ITERATIONS = 16, 12
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class EditRegression:
     ) -> None:
         self._edits, self._moment = edits, moment.double()
         self._free = complement(exact)
-        self._metric_root = _root(metric(matrices, self._moment))
+        self._metric = metric(matrices, self._moment)
         seen = [edit.source.double() @ self._free for edit in edits]
         self._cross = [
             edit.change.T @ rows / len(rows) for edit, rows in zip(edits, seen, strict=True)
@@ -104,6 +106,7 @@ class EditRegression:
         self._protected = self._free.T @ self._moment @ self._free
         self._protected.diagonal().add_(FLOOR * self._protected.diagonal().mean() + 1e-30)
         self._values, self._vectors = _generalised_eigh(self._sources, self._protected)
+        self._distances = [_weighed_square(edit.change.float(), self._metric) for edit in edits]
 
     def solve(self, ridge: float, rank: int) -> ClosedForm:
         """The best solution for a ridge.
@@ -118,35 +121,54 @@ class EditRegression:
         weights = self._vectors / (self._values.clamp(min=0) + ridge).sqrt()  # inner^-1, halved
         bases, mixings = [], []
         for cross in self._cross:
-            leading = torch.linalg.qr(weights @ self._leading(cross @ weights, rank)).Q
+            leading = torch.linalg.qr(weights @ self._leading(cross, weights, rank)).Q
             # The best A for this R: cross R (R^T inner R)^-1.
             mixings.append(torch.linalg.solve(leading.T @ inner @ leading, (cross @ leading).T).T)
             bases.append(self._free @ leading)
         return self._account(bases, mixings)
 
-    def _leading(self, whole: Tensor, rank: int) -> Tensor:
-        """Leading right singular vectors of ``G^(1/2) M inner^(1/2)``, (free, at most rank)."""
-        scaled = self._metric_root.T @ whole
-        values, vectors = torch.linalg.eigh(scaled.T @ scaled)
+    def _leading(self, cross: Tensor, weights: Tensor, rank: int) -> Tensor:
+        """Leading right singular vectors of ``G^(1/2) M inner^(1/2)``, (free, at most rank).
+
+        By subspace iteration on its square, which needs thin products only.
+        """
+
+        def square(vectors: Tensor) -> Tensor:
+            return weights.T @ (cross.T @ (self._metric @ (cross @ (weights @ vectors))))
+
+        size = min(rank + OVERSAMPLING, weights.shape[1])
+        generator = torch.Generator().manual_seed(0)
+        vectors = torch.randn(weights.shape[1], size, generator=generator, dtype=torch.float64)
+        for _ in range(ITERATIONS):
+            vectors = torch.linalg.qr(square(vectors)).Q
+        small = vectors.T @ square(vectors)
+        values, turns = torch.linalg.eigh((small + small.T) / 2)
         real = int((values > values[-1] * 1e-12).sum())
-        return vectors[:, -min(rank, max(1, real)) :].flip(1)
+        return vectors @ turns[:, -min(rank, max(1, real)) :].flip(1)
 
     def _account(self, bases: list[Tensor], mixings: list[Tensor]) -> ClosedForm:
+        """What a solution does. In float32: the figures are for people."""
         basis, mixing = torch.cat(bases, dim=1), torch.cat(mixings, dim=1)
         ends = [0]
         for part in bases:
             ends.append(ends[-1] + part.shape[1])
-        weighed = self._metric_root.T @ mixing
-        moved, distances = [], []
-        for edit in self._edits:
-            before = edit.change @ self._metric_root
-            after = before - (edit.source.double() @ basis) @ weighed.T
-            moved.append(float(1 - after.square().sum() / before.square().sum()))
-            distances.append(float(before.square().sum()) / len(before))
-        harm = ((weighed @ (basis.T @ self._moment @ basis)) * weighed).sum()
+        weighed = (self._metric @ mixing).float()
+        own = mixing.float().T @ weighed  # A^T G A
+        moved = []
+        for edit, before in zip(self._edits, self._distances, strict=True):
+            # |change - A z|^2 = |change|^2 - 2 <change, A z> + |A z|^2 with z = R^T source.
+            z = edit.source.float() @ basis.float()
+            along = ((edit.change.float().T @ z) * weighed).sum()
+            squared = ((z.T @ z) * own).sum()
+            moved.append(float(2 * along - squared) / before)
+        inner = basis.T @ self._moment @ basis
+        harm = float((own.double() * inner).sum())
+        distances = [
+            before / len(edit.source)
+            for edit, before in zip(self._edits, self._distances, strict=True)
+        ]
         columns = list(zip(ends[:-1], ends[1:], strict=True))
-        distance = sum(distances) / len(distances)
-        return ClosedForm(basis, mixing, columns, moved, distance, float(harm))
+        return ClosedForm(basis, mixing, columns, moved, sum(distances) / len(distances), harm)
 
 
 def metric(matrices: Mapping[str, Tensor], moment: Tensor) -> Tensor:
@@ -165,10 +187,9 @@ def metric(matrices: Mapping[str, Tensor], moment: Tensor) -> Tensor:
     return total
 
 
-def _root(matrix: Tensor) -> Tensor:
-    """L with ``L L^T = matrix`` for a positive semidefinite matrix."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp(min=0).sqrt()
+def _weighed_square(rows: Tensor, metric: Tensor) -> float:
+    """``sum |row|^2`` in a metric."""
+    return float(((rows @ metric.float()) * rows).sum())
 
 
 def _generalised_eigh(matrix: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,11 +55,14 @@ class Denoiser(Protocol):
     Attributes:
         family: name of the architecture family, for example "SD1.x".
         base: "name" and "fingerprint" of the unpatched model, for the record.
+        identity: a name for the model as it is trained on, for finding results again: the same
+            when it is loaded another time, another one when anything that training sees differs.
         device: where predictions run.
     """
 
     family: str
     base: Mapping[str, Any]
+    identity: str
     device: torch.device
 
     def encode(self, prompts: Sequence[str], together: bool = False) -> list[Tensor]:

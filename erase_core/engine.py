@@ -18,6 +18,7 @@ from .denoiser import Denoiser, LowRankEdit
 from .encoded import EncodedPrompts, encode_prompts
 from .erasure import Erasure
 from .fingerprint import fingerprint
+from .identity import USE_IF_THERE, result_key, stored_result
 from .language import encode_language, plain_captions, second_moment, spread
 from .layers import reads_prompt
 from .measure import CountedDenoiser, movement_on
@@ -70,10 +71,12 @@ class Finished:
     Attributes:
         erasure: the artefact.
         losses: surgery loss of every step.
+        stored: it was not trained now but taken from the results.
     """
 
     erasure: Erasure
     losses: list[float]
+    stored: bool = False
 
 
 def erase(
@@ -81,6 +84,8 @@ def erase(
     denoiser: Denoiser,
     language_cache: MutableMapping[str, Tensor] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    results: MutableMapping[str, Erasure] | None = None,
+    reuse: str = USE_IF_THERE,
 ) -> Iterator[Progress | Finished]:
     """Train one erasure. Yields :class:`Progress` throughout and :class:`Finished` at the end.
 
@@ -91,13 +96,24 @@ def erase(
         language_cache: second moments of ordinary language by key, kept by the caller.
         should_stop: asked before each optimiser step; True ends training early, and what was
             learned so far is measured and returned.
+        results: finished erasures by key, kept by the caller. A complete one with the key of this
+            run is returned without any prediction; a new one is put in before it is returned.
+        reuse: what to do about a stored result, one of :data:`identity.REUSE`.
 
     Raises:
-        SettingsError, LayerRuleError, SubspaceError, PredictionError, TrainingError: see there.
+        SettingsError, LayerRuleError, NoStoredResultError, SubspaceError, PredictionError,
+            TrainingError: see there.
     """
     run = _Run(settings, denoiser)
     yield run.progress("Reading the prompts")
     prompts = encode_prompts(settings, denoiser)
+    key = ""
+    if results is not None:
+        key = result_key(settings, prompts.tensors(), denoiser.identity, VERSION)
+    stored = stored_result(results, key, reuse)
+    if stored is not None:
+        yield Finished(stored, list(stored.record["losses"]), stored=True)
+        return
     captions = plain_captions(settings.captions)
     unnamed = spread(captions, UNNAMED_PROMPTS)
     moment = yield from run.language([c for c in captions if c not in unnamed], language_cache)
@@ -128,7 +144,10 @@ def erase(
     checks = Checks(settings, run.denoiser, prompts, run.matrices, run.generator)
     measures = yield from run.follow_stage("checks", checks.run(edit, exact, held_out, unnamed))
     record = run.record(prompts, exact, choice, edit, measures)
-    yield Finished(Erasure.from_edit(edit, record), run.losses)
+    erasure = Erasure.from_edit(edit, record)
+    if results is not None:
+        results[key] = erasure
+    yield Finished(erasure, run.losses)
 
 
 class _Run:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -107,13 +109,23 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], info: dict[str, st
     """Write to a temporary name beside ``path``, then rename: never a half-written file.
 
     Raises:
-        OSError: the folder can't be written.
+        OSError: the folder can't be written, or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process's number: containers that share a folder all have number 1.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.touch()
     try:
-        save_file(tensors, temporary, metadata=info)
+        _save_to_disk(temporary, tensors, info)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _save_to_disk(path: Path, tensors: dict[str, Tensor], info: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata=info)
+    except SafetensorError as error:  # how the library reports a full disk
+        raise OSError(str(error)) from error
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())  # the name must not reach the disk before the content

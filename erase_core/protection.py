@@ -49,16 +49,14 @@ def strongest_that_moves(
         moves: a generator function that returns how far each concept goes, on the model's
             predictions; None where nothing is sampled.
     """
-    solutions = [(ridge, regression.solve(ridge, rank)) for ridge in RIDGES]
-    attainable = solutions[-1][1].moved
-    first = next(
-        index for index, (_, solution) in enumerate(solutions) if _enough(solution, attainable)
-    )
-    if moves is None:
-        ridge, solution = solutions[first]
-        return Choice(solution, ridge, solution.moved)
+    attainable = regression.solve(RIDGES[-1], rank).moved
     best = None
-    for ridge, solution in solutions[first:]:
+    for ridge in RIDGES:
+        solution = regression.solve(ridge, rank)
+        if ridge != RIDGES[-1] and best is None and not _enough(solution, attainable):
+            continue
+        if moves is None:
+            return Choice(solution, ridge, solution.moved)
         moved = yield from moves(solution)
         if best is not None and min(moved) < min(best.moved) + LEAST_GAIN:
             break

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import comfy.lora
 from comfy_api.v0_0_2 import io
 
@@ -9,11 +11,13 @@ from ..erase_core import Erasure
 from ..erase_core.fingerprint import fingerprint, same_fingerprint
 from ..erase_core.formats import kohya_tensors
 from ..erase_core.measure import key_value_drift
-from .host import base_fingerprint, encode_prompts, kohya_keys, original_weights
-from .messages import upstream_file, warn
+from .exact import add_side_path
+from .host import base_fingerprint, encode_prompts, kohya_keys, original_weights, trained_keys
+from .messages import show_progress_text, upstream_file, warn
 from .schema import CATEGORY, ErasureType, compatible
+from .stack import ATTACHMENT, EXACT, MERGE, Applied, applied_to, stack_text
 
-ATTACHMENT = "concept_surgery_applied"
+MODES = (MERGE, EXACT)
 STRONGEST = 5.0
 
 
@@ -48,6 +52,16 @@ class ApplyErasure(io.ComfyNode):
                     tooltip="1 erases as trained, 0 is the untouched model, above 1 pushes further,"
                     " below 0 draws the concept more.",
                 ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default=MERGE,
+                    optional=True,  # graphs saved before there was a choice
+                    tooltip="merge: puts the change into the weights, as a LoRA; no loss of speed. "
+                    "exact: keeps it beside the weights. Choose exact on fp8, fp16 or bf16 models "
+                    "when the empty prompt and the kept prompts must give identical pictures; it "
+                    "is a little slower, and a compiled model runs uncompiled.",
+                ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
@@ -59,31 +73,42 @@ class ApplyErasure(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, erasure: Erasure, strength: float, clip=None) -> io.NodeOutput:
+    def execute(
+        cls, model, erasure: Erasure, strength: float, mode: str = MERGE, clip=None
+    ) -> io.NodeOutput:
         """Patch a clone of the model."""
-        patched = apply_erasure(model, erasure, strength)
+        patched = apply_erasure(model, erasure, strength, mode)
         name = upstream_file(cls.hidden.prompt, cls.hidden.unique_id, "model")
-        for warning in mismatches(model, erasure, clip, name):
+        warnings = mismatches(model, erasure, clip, name)
+        for warning in warnings:
             warn(warning, cls.hidden.unique_id)
+        text = stack_report(patched)
+        if text:  # a node shows one text, the last
+            show_progress_text(" ".join([*warnings, text]), None, cls.hidden.unique_id)
         return io.NodeOutput(patched)
 
 
-def apply_erasure(model, erasure: Erasure, strength: float):
-    """A clone of the host's model with the erasure as a patch; at strength 0 without any patch.
+def apply_erasure(model, erasure: Erasure, strength: float, mode: str = MERGE):
+    """A clone of the host's model with the erasure on it; at strength 0 with nothing on it.
 
-    The patch is made by the host's own LoRA code from the tensors that the file holds, so the
-    pictures are those of a stock LoRA loader.
+    Merged, it is a patch that the host's own LoRA code makes from the tensors that the file holds,
+    so the pictures are those of a stock LoRA loader. Exact, it rides beside the weights, see
+    :mod:`.exact`.
 
     Raises:
-        ApplyError: wrong strength, another architecture, or the erasure is already on the model.
+        ApplyError: wrong strength or mode, another architecture, or the erasure is already on the
+            model.
+        ExactModeError: exact, and the host can't.
     """
+    if mode not in MODES:
+        raise ApplyError(f"mode must be {' or '.join(map(repr, MODES))}, not {mode!r}.")
     if not -STRONGEST <= strength <= STRONGEST:
         raise ApplyError(
             f"strength must be between {-STRONGEST:g} and {STRONGEST:g}, not {strength!r}."
         )
     keys = _matching_keys(model, erasure)
-    applied = model.get_attachment(ATTACHMENT) or ()
-    if erasure.identity in applied:
+    applied = applied_to(model)
+    if any(one.identity == erasure.identity for one in applied):
         raise ApplyError(
             f"The erasure of {erasure.concept!r} is already on this model. Applying it twice would "
             "push the model past where it was trained to go: connect the MODEL of the loader, or "
@@ -92,16 +117,11 @@ def apply_erasure(model, erasure: Erasure, strength: float):
     patched = model.clone()
     if strength == 0:
         return patched
-    patches = comfy.lora.load_lora(kohya_tensors(erasure.bases, erasure.factors), keys)
-    accepted = patched.add_patches(patches, strength)
-    sent = set(keys.values())
-    if set(accepted) != sent:
-        raise ApplyError(
-            f"The host took {len(accepted)} of the {len(sent)} changes of the erasure of "
-            f"{erasure.concept!r}. Sent and not taken: {_some(sent - set(accepted))}; taken: "
-            f"{_some(accepted)}. The model was left as it was; connect the MODEL of a core loader."
-        )
-    patched.set_attachments(ATTACHMENT, (*applied, erasure.identity))
+    if mode == EXACT:
+        add_side_path(patched, erasure, keys, strength)
+    else:
+        _merge(patched, erasure, keys, strength)
+    patched.set_attachments(ATTACHMENT, (*applied, Applied.of(erasure, mode)))
     return patched
 
 
@@ -124,6 +144,29 @@ def mismatches(model, erasure: Erasure, clip, name: str) -> list[str]:
                 f"one the null prompt moves by {drift:.2%}, so other pictures change too."
             )
     return warnings
+
+
+def stack_report(model) -> str:
+    """What stays exact on a model that carries several erasures; "" for fewer than two."""
+    weight = next(iter(original_weights(model, trained_keys(model)).values()))
+    return stack_text(applied_to(model), str(weight.dtype).removeprefix("torch."))
+
+
+def _merge(patcher, erasure: Erasure, keys: Mapping[str, str], strength: float) -> None:
+    """Add the erasure to the patches of the host's ModelPatcher.
+
+    Raises:
+        ApplyError: the host took fewer changes than it was given.
+    """
+    patches = comfy.lora.load_lora(kohya_tensors(erasure.bases, erasure.factors), keys)
+    accepted = patcher.add_patches(patches, strength)
+    sent = set(keys.values())
+    if set(accepted) != sent:
+        raise ApplyError(
+            f"The host took {len(accepted)} of the {len(sent)} changes of the erasure of "
+            f"{erasure.concept!r}. Sent and not taken: {_some(sent - set(accepted))}; taken: "
+            f"{_some(accepted)}. The model was left as it was; connect the MODEL of a core loader."
+        )
 
 
 def _matching_keys(model, erasure: Erasure) -> dict[str, str]:

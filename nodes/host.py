@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +20,11 @@ from torch import Tensor, nn
 
 from ..erase_core.denoiser import LowRankEdit, LowRankSidePath
 from ..erase_core.fingerprint import fingerprint
+from ..erase_core.layers import matching
+from .exact import WRAPPER_TYPE, is_side_path, side_paths
+from .identity import model_identity
 
 FAMILIES = {comfy.supported_models.SD15: "SD1.x"}
-TRAINED_LAYERS = (".attn2.to_k.weight", ".attn2.to_v.weight")
 KOHYA_PREFIXES = ("lora_unet_down_blocks_", "lora_unet_mid_block_", "lora_unet_up_blocks_")
 
 # A training step keeps activations that inference frees; the host moves other models out of the
@@ -45,15 +49,26 @@ class ComfyDenoiser:
         base_name: name of the checkpoint, for the record.
         images: most images per prediction, for the host's memory planning.
         resolution: side of the pictures in pixels, likewise.
+        layers: which matrices train, see :mod:`erase_core.layers`.
 
     Raises:
-        UnsupportedModelError: another family, an inpainting model, no cross-attention.
+        UnsupportedModelError: another family, an inpainting model.
+        LayerRuleError: a layer rule that matches nothing.
     """
 
-    def __init__(self, model, clip, base_name: str, images: int, resolution: int) -> None:
+    def __init__(
+        self,
+        model,
+        clip,
+        base_name: str,
+        images: int,
+        resolution: int,
+        layers: str = "key-value",
+    ) -> None:
         self.family = model_family(model)
         self.base = {"name": base_name, "fingerprint": base_fingerprint(model)}
         self._model, self._clip = with_resident_weights(model), clip
+        self._keys = trained_keys(model, layers)
         self._planned_shape = [images, *self.latent_shape(resolution)]
 
     def __enter__(self) -> ComfyDenoiser:
@@ -63,7 +78,7 @@ class ComfyDenoiser:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_training_flag())
             self._twin = twin_of(self._model)
-            self._modules = _trained_modules(self._model, self._twin)
+            self._modules = _modules_at(self._twin, self._keys)
             self._side_path = LowRankSidePath(self._modules)
             stack.callback(self._side_path.remove)
             self._stack = stack.pop_all()  # nothing failed: __exit__ undoes it
@@ -72,6 +87,11 @@ class ComfyDenoiser:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
         del self._twin, self._modules, self._side_path
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """See :class:`erase_core.denoiser.Denoiser`."""
+        return model_identity(self._model, self._keys.values())
 
     def encode(self, prompts: Sequence[str], together: bool = False) -> list[Tensor]:
         """See :class:`erase_core.denoiser.Denoiser`."""
@@ -102,14 +122,25 @@ class ComfyDenoiser:
     ) -> Tensor:
         """See :class:`erase_core.denoiser.Denoiser`. Raises the host's interrupt."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        options = {"optimized_attention_override": _differentiable_attention}
+        options = {
+            "optimized_attention_override": _differentiable_attention,
+            "wrappers": {WRAPPER_TYPE: side_paths(self._model)},
+        }
         with self._side_path.active(edit):
             x0 = self._twin.apply_model(x, sigma, c_crossattn=tokens, transformer_options=options)
         return x0.float()
 
     def matrices(self) -> Mapping[str, Tensor]:
         """See :class:`erase_core.denoiser.Denoiser`."""
-        return {name: module.weight.detach() for name, module in self._modules.items()}
+        weights = {name: module.weight.detach() for name, module in self._modules.items()}
+        names = {key: name for name, key in self._keys.items()}
+        # Erasures beside the weights are part of what is trained on, like merged ones.
+        for path in itertools.chain(*side_paths(self._model).values()):
+            for key, delta in path.deltas():
+                if key in names:
+                    weight = weights[names[key]]
+                    weights[names[key]] = weight.float() + delta.to(weight.device)
+        return weights
 
 
 def model_family(model) -> str:
@@ -159,7 +190,10 @@ def left_out_of_training(model) -> list[str]:
     """What upstream nodes put around the network that training does not run, in words."""
     options = model.model_options
     around = options.get("transformer_options", {})
-    names = [name for name in ("patches", "patches_replace", "wrappers") if around.get(name)]
+    names = [name for name in ("patches", "patches_replace") if around.get(name)]
+    wrappers = [*around.get("wrappers", {}).values(), *getattr(model, "wrappers", {}).values()]
+    if any(found and not is_side_path(key) for kind in wrappers for key, found in kind.items()):
+        names.append("wrappers")
     names += ["model_function_wrapper"] if "model_function_wrapper" in options else []
     if not names:
         return []
@@ -183,23 +217,19 @@ def original_weights(model, keys: Mapping[str, str]) -> dict[str, Tensor]:
     }
 
 
-def trained_keys(model) -> dict[str, str]:
-    """Host keys of the matrices that read the prompt, by kohya name.
+def trained_keys(model, layers: str = "key-value") -> dict[str, str]:
+    """Host keys of the matrices that a layer rule takes, by kohya name.
 
     Raises:
-        UnsupportedModelError: the rule matches nothing.
+        LayerRuleError: the rule matches nothing.
     """
+    weights = model.model.state_dict()
     keys = {
         name: key
         for name, key in kohya_keys(model).items()
-        if name.startswith(KOHYA_PREFIXES) and key.endswith(TRAINED_LAYERS)
+        if name.startswith(KOHYA_PREFIXES) and key in weights and weights[key].ndim == 2
     }
-    if not keys:
-        raise UnsupportedModelError(
-            "The model has no cross-attention whose layers end in "
-            f"{' or '.join(TRAINED_LAYERS)}, so there is nothing to train."
-        )
-    return keys
+    return {name: keys[name] for name in matching(keys, layers)}
 
 
 def base_fingerprint(model) -> list[float]:
@@ -267,11 +297,8 @@ def _over_same_storage(tensor: Tensor) -> Tensor:
     return alias
 
 
-def _trained_modules(model, twin: nn.Module) -> dict[str, nn.Module]:
-    return {
-        name: twin.get_submodule(key.removesuffix(".weight"))
-        for name, key in trained_keys(model).items()
-    }
+def _modules_at(twin: nn.Module, keys: Mapping[str, str]) -> dict[str, nn.Module]:
+    return {name: twin.get_submodule(key.removesuffix(".weight")) for name, key in keys.items()}
 
 
 def _differentiable_attention(_chosen, *args: Any, **keywords: Any) -> Tensor:

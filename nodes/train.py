@@ -10,14 +10,20 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from ..erase_core import KINDS, PRESETS, EraseSettings, Finished, erase, preset_settings
+from ..erase_core.identity import REUSE, USE_IF_THERE
+from ..erase_core.layers import LAYER_RULES
 from ..erase_core.prompts import prompt_pairs
 from ..erase_core.report import report_text
+from ..erase_core.settings import FORMS, NULL_SCORES, parse_concepts
 from .host import ComfyDenoiser, left_out_of_training
-from .messages import show_progress_text, upstream_file
+from .messages import show_progress_text, upstream_file, warn
+from .results import ResultStore
 from .schema import CATEGORY, ErasureType, compatible
 from .store import LanguageStore
 
 AS_PRESET = -1
+DISTILLED_MODEL = "distilled"
+MODEL_TYPES = ("standard", DISTILLED_MODEL)
 _ADVANCED = {"advanced": True, "optional": True}
 
 
@@ -55,6 +61,9 @@ class TrainErasure(io.ComfyNode):
         negative_prompts: str | None = None,
         kind: str | None = None,
         preset: str | None = None,
+        templates: str | None = None,
+        form: str | None = None,
+        layers: str | None = None,
         steps: int | None = None,
         resolution: int | None = None,
     ) -> bool | str:
@@ -68,6 +77,9 @@ class TrainErasure(io.ComfyNode):
             "negative_prompts": negative_prompts,
             "kind": kind,
             "preset": preset,
+            "templates": templates,
+            "form": form,
+            "layers": layers,
             "steps": steps,
             "resolution": resolution,
         }
@@ -88,24 +100,32 @@ class TrainErasure(io.ComfyNode):
         settings = settings_from_widgets(widgets)
         # The host runs nodes in inference mode, where nothing can be trained.
         with torch.inference_mode(False), torch.enable_grad():
-            finished = cls._train(model, clip, settings)
+            reuse = widgets.get("stored_result", USE_IF_THERE)
+            finished = cls._train(model, clip, settings, reuse)
         record = finished.erasure.record
-        # The plot node needs two values that differ; the last one is the loss on held-out states.
-        losses = [*finished.losses, 1 - record["measures"]["moved_held_out"]["overall"]]
-        report = report_text(record, left_out_of_training(model))
-        return io.NodeOutput(finished.erasure, {"loss": losses}, report)
+        for warning in record["warnings"]:
+            warn(warning, cls.hidden.unique_id)
+        notes = left_out_of_training(model)
+        if finished.stored:
+            notes.insert(0, f"Taken from the store: trained on {record['created']}.")
+        report = report_text(record, notes)
+        return io.NodeOutput(finished.erasure, {"loss": _loss_curve(finished)}, report)
 
     @classmethod
-    def _train(cls, model, clip, settings: EraseSettings) -> Finished:
+    def _train(cls, model, clip, settings: EraseSettings, reuse: str) -> Finished:
         name = upstream_file(cls.hidden.prompt, cls.hidden.unique_id, "model")
         images = 3 * settings.batch
-        with ComfyDenoiser(model, clip, name, images, settings.resolution) as denoiser:
+        with ComfyDenoiser(
+            model, clip, name, images, settings.resolution, settings.layers
+        ) as denoiser:
             bar = None
-            for event in erase(settings, denoiser, LanguageStore()):
+            results = ResultStore(warn=lambda text: warn(text, cls.hidden.unique_id))
+            for event in erase(settings, denoiser, LanguageStore(), results=results, reuse=reuse):
                 if isinstance(event, Finished):
                     return event
-                bar = bar or comfy.utils.ProgressBar(event.total)
-                bar.update_absolute(event.done, event.total)
+                total = max(1, event.total)  # the instant form plans no evaluation at all
+                bar = bar or comfy.utils.ProgressBar(total)
+                bar.update_absolute(event.done, total)
                 show_progress_text(event.stage, event.loss, cls.hidden.unique_id)
         raise RuntimeError("The run ended without a result.")
 
@@ -123,23 +143,38 @@ def settings_from_widgets(widgets: Mapping[str, Any]) -> EraseSettings:
             "rank",
             "learning_rate",
             "protection",
+            "stop_below",
             "batch",
             "trajectories",
             "captions",
         )
     }
+    as_they_are = ("keep", "negative_prompts", "kind", "templates", "form", "layers", "eta")
+    as_they_are += ("drift_weight", "keep_weight", "null_score", "resolution")
     return preset_settings(
         widgets.get("preset", "balanced"),
-        concept=widgets["erase"],
-        alternative=widgets.get("replace_with", ""),
-        keep=widgets.get("keep", ""),
-        negative_prompts=widgets.get("negative_prompts", ""),
-        kind=widgets.get("kind", KINDS[0]),
+        distilled=widgets.get("model_type", MODEL_TYPES[0]) == DISTILLED_MODEL,
+        concepts=parse_concepts(widgets["erase"], widgets.get("replace_with") or ""),
         seed=widgets.get("training_seed", 0),
-        eta=widgets.get("eta", 0.0),
-        resolution=widgets.get("resolution", 512),
+        **{name: widgets.get(name) for name in as_they_are},
         **numbers,
     )
+
+
+def _loss_curve(finished: Finished) -> list[float]:
+    """At least two values that differ, which the host's plot node needs.
+
+    It begins with 1, nothing moved, and ends with the loss on held-out states, or where nothing
+    was sampled with that of keys and values.
+    """
+    record = finished.erasure.record
+    held_out = record["measures"]["moved_held_out"]
+    moved = (
+        held_out["overall"]
+        if held_out
+        else min(concept["keys_and_values_moved"] for concept in record["concepts"])
+    )
+    return [1.0, *finished.losses, 1 - moved]
 
 
 def _main_inputs() -> list[Any]:
@@ -148,13 +183,21 @@ def _main_inputs() -> list[Any]:
         io.Clip.Input("clip", tooltip="The text encoder that you also use for your prompts."),
         io.String.Input(
             "erase",
+            multiline=True,
+            placeholder="what to stop drawing, one a line: cat => dog",
             default="",
-            tooltip="What the model must stop drawing, for example: cat. For a style, its name.",
+            tooltip=(
+                "What the model must stop drawing, for example: cat. Several: one a line. "
+                "cat => dog says what to draw instead."
+            ),
         ),
         io.String.Input(
             "replace_with",
             default="",
-            tooltip="What to draw instead, for example: dog. Empty: the rest of the prompt alone.",
+            tooltip=(
+                "What to draw instead, for example: dog, for lines that don't say it with =>. "
+                "Empty: the rest of the prompt alone."
+            ),
         ),
         io.String.Input(
             "keep",
@@ -177,13 +220,20 @@ def _main_inputs() -> list[Any]:
             "kind",
             options=list(KINDS),
             default=KINDS[0],
-            tooltip="Whether it is a thing or a style: decides the phrases it is learned from.",
+            tooltip=(
+                "A thing, a style, a person, or tags as anime models use them: decides the phrases "
+                "it is learned from."
+            ),
         ),
         io.Combo.Input(
             "preset",
             options=list(PRESETS),
             default="balanced",
-            tooltip="balanced: about 900 evaluations of the model. thorough: about twice as many.",
+            tooltip=(
+                "instant: seconds; nothing is sampled, so the report can't say how far the "
+                "pictures go. balanced: about 900 evaluations of the model. thorough: about twice "
+                "as many."
+            ),
         ),
         io.Int.Input(
             "training_seed",
@@ -198,6 +248,49 @@ def _main_inputs() -> list[Any]:
 def _advanced_inputs() -> list[Any]:
     preset = " -1: as the preset says."
     return [
+        compatible(
+            io.Combo.Input,
+            "model_type",
+            options=list(MODEL_TYPES),
+            default=MODEL_TYPES[0],
+            tooltip=(
+                "distilled: Turbo, Lightning, LCM, DMD2 and the like, which sample in a few steps "
+                "at CFG 1. At CFG 1 negative prompts do nothing."
+            ),
+            **_ADVANCED,
+        ),
+        compatible(
+            io.Combo.Input,
+            "form",
+            options=list(FORMS),
+            default=FORMS[0],
+            tooltip=(
+                "hard: the empty prompt and the kept prompts can't move at all. soft: they are "
+                "held by a penalty, as in the paper; needed to train other layers."
+            ),
+            **_ADVANCED,
+        ),
+        compatible(
+            io.Combo.Input,
+            "layers",
+            options=list(LAYER_RULES),
+            default=next(iter(LAYER_RULES)),
+            tooltip="What trains. Others than key-value need the soft form.",
+            **_ADVANCED,
+        ),
+        compatible(
+            io.String.Input,
+            "templates",
+            multiline=True,
+            placeholder="own phrases, one a line: a photo of {}",
+            default="",
+            tooltip=(
+                "Your own phrases to learn from instead of those of the kind, one a line, with {} "
+                "where the concept stands. After => the same phrase without it, if it isn't simply "
+                "left out."
+            ),
+            **_ADVANCED,
+        ),
         _int("steps", AS_PRESET, 10_000, "Optimiser steps." + preset),
         _int("rank", AS_PRESET, 256, "Rank of the change, at most." + preset),
         _float(
@@ -220,7 +313,32 @@ def _advanced_inputs() -> list[Any]:
             AS_PRESET,
             1e4,
             AS_PRESET,
-            "How strongly prompts nobody named are held. Higher keeps more, erases less." + preset,
+            "How strongly prompts nobody named are held. Higher keeps more, erases less. "
+            "-1: as strongly as still lets the concept move.",
+        ),
+        _float(
+            "drift_weight", 0.0, 1e4, 1.0, "Soft form: weight on the drift of the empty prompt."
+        ),
+        _float("keep_weight", 0.0, 1e4, 1.0, "Soft form: weight on the drift of kept prompts."),
+        compatible(
+            io.Combo.Input,
+            "null_score",
+            options=list(NULL_SCORES),
+            default=NULL_SCORES[0],
+            tooltip=(
+                "Soft form: whose prediction for the empty prompt the change is measured from: the "
+                "original's (frozen), or that of the model in training, with (student) or without "
+                "(detached) learning through it."
+            ),
+            **_ADVANCED,
+        ),
+        _float(
+            "stop_below",
+            AS_PRESET,
+            1.0,
+            AS_PRESET,
+            "End early once less than this share is left to go on states it doesn't learn from; "
+            "0 never does." + preset,
         ),
         _int("batch", AS_PRESET, 64, "States per step. 1 needs the least memory." + preset),
         _int("trajectories", AS_PRESET, 256, "Sampling runs to learn from." + preset),
@@ -239,6 +357,18 @@ def _advanced_inputs() -> list[Any]:
             AS_PRESET,
             100_000,
             "Plain captions that stand for the rest of the language." + preset,
+        ),
+        compatible(
+            io.Combo.Input,
+            "stored_result",
+            options=list(REUSE),
+            default=USE_IF_THERE,
+            tooltip=(
+                "A finished training is kept on disk and used again where model, LoRAs, text "
+                "encoder and all settings are the same. train again: replaces what is stored. "
+                "use only: an error where nothing is stored, for batches that must not train."
+            ),
+            **_ADVANCED,
         ),
     ]
 

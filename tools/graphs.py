@@ -73,12 +73,17 @@ def apply(
     name: str = "apply",
     *,
     strength: float = 1.0,
+    mode: str | None = None,
     model: Output = ("loader", 0),
     erasure: Output = ("train", 0),
     clip: Output | None = None,
 ) -> Graph:
-    """Apply an erasure: output 0 is the changed MODEL."""
-    optional = {} if clip is None else {"clip": clip}
+    """Apply an erasure: output 0 is the changed MODEL.
+
+    Without ``mode`` the graph is one of before there was a choice: the erasure is merged.
+    """
+    given = {"mode": mode, "clip": clip}
+    optional = {name: value for name, value in given.items() if value is not None}
     return node(
         name,
         "ConceptSurgeryApply",

@@ -16,7 +16,7 @@ WIDTH, TOKENS, CHANNELS = 96, 12, 4
 class ToyDenoiser:
     """Fulfils ``erase_core.denoiser.Denoiser``; every word has a fixed random embedding."""
 
-    family, device = "toy", torch.device("cpu")
+    family, identity, device = "toy", "70" * 20, torch.device("cpu")
 
     def __init__(self, layers: str = "key-value") -> None:
         torch.manual_seed(0)

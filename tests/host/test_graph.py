@@ -75,6 +75,21 @@ def test_train_apply_save_and_the_stock_loader_agree(server):
     assert pixels(server, again, "loaded") == after
 
 
+def test_beside_the_weights_the_picture_is_the_merged_one(server):
+    graph = training(training_seed=3) | shot("before", ("loader", 0))
+    for name, values in {
+        "merged": {},
+        "beside": {"mode": "exact"},
+        "off": {"mode": "exact", "strength": 0.0},
+    }.items():
+        graph |= graphs.apply(f"apply-{name}", **values) | shot(name, (f"apply-{name}", 0))
+    entry = server.run(graph, timeout=240)
+    shots = {name: pixels(server, entry, name) for name in ("before", "merged", "beside", "off")}
+    assert shots["off"] == shots["before"] and shots["beside"] != shots["before"]
+    pairs = list(zip(shots["beside"], shots["merged"], strict=True))
+    assert max(abs(one - other) for one, other in pairs) <= 2
+
+
 def test_the_saved_file_says_what_it_is(server):
     entry = server.run(training() | graphs.save(filename="described"))
     path = entry["outputs"]["save"]["text"][0].removeprefix("Saved described.safetensors in ")

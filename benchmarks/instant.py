@@ -1,0 +1,99 @@
+"""What the closed form costs at the shapes of real models, and how it bears many concepts.
+
+``python -m benchmarks.instant`` prints a table and writes ``results/instant.json``.
+
+Random matrices and random token embeddings with the spread of a text encoder's; ordinary language
+counts as encoded. Seconds are of this machine; everything runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from tools.pack import load_pack, use_host
+
+use_host()
+load_pack()
+
+import torch  # noqa: E402
+from concept_surgery.erase_core.closed_form import EditRegression, TokenEdit  # noqa: E402
+from concept_surgery.erase_core.protection import strongest_that_moves  # noqa: E402
+from concept_surgery.erase_core.subspace import exact_set, leakage  # noqa: E402
+
+RESULT = Path(__file__).parent / "results" / "instant.json"
+THREADS, TOKENS, TEMPLATES, RANK = 1, 77, 12, 16
+# Two matrices a cross-attention, with the width of its level.
+SD15 = [320] * 10 + [640] * 10 + [1280] * 12
+SDXL = [640] * 20 + [1280] * 120
+MANY = (1, 10, 100)
+
+
+def matrices(rows: list[int], width: int) -> dict[str, torch.Tensor]:
+    """Random K and V matrices of a model, (out, width) each."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"m{i:03}_attn2_to_k": torch.randn(out, width, generator=generator) / width**0.5
+        for i, out in enumerate(rows)
+    }
+
+
+def edits(count: int, width: int) -> tuple[list[TokenEdit], torch.Tensor]:
+    """Concepts and the null prompt: all prompts share a part at each position, as in CLIP."""
+    generator = torch.Generator().manual_seed(1)
+    null = torch.randn(TOKENS, width, generator=generator)
+    prompts = []
+    for _ in range(count):
+        word = torch.randn(2, 1, width, generator=generator)
+        context = torch.rand(2, TEMPLATES * TOKENS, 1, generator=generator)
+        shared = null.repeat(TEMPLATES, 1)
+        own = 0.2 * torch.randn(2, TEMPLATES * TOKENS, width, generator=generator)
+        prompts.append(TokenEdit(*(shared + context * word + own)))
+    return prompts, null
+
+
+def solve(rows: list[int], width: int, concepts: int) -> dict[str, float]:
+    """One instant erasure without its encoding: exact set, choice of the ridge, factors."""
+    weights = matrices(rows, width)
+    concept_edits, null = edits(concepts, width)
+    words = torch.randn(20_000, width, generator=torch.Generator().manual_seed(2))
+    moment = (words.T @ words / len(words)).double() + (null.T @ null / TOKENS).double()
+    began = time.perf_counter()
+    exact = exact_set([edit.change for edit in concept_edits], [null], [])
+    regression = EditRegression(concept_edits, exact.basis, moment, weights)
+    try:
+        next(strongest_that_moves(regression, RANK, None))
+        raise AssertionError("nothing is sampled, so nothing should be yielded")
+    except StopIteration as end:
+        choice = end.value
+    factors = choice.solution.factors(weights)
+    seconds = time.perf_counter() - began
+    columns = choice.solution.basis.shape[1]
+    values = sum(factor.numel() + width * columns for factor in factors.values())
+    return {
+        "concepts": concepts,
+        "seconds": round(seconds, 2),
+        "columns": columns,
+        "file_megabytes": round(4 * values / 2**20, 1),
+        "keys_and_values_moved_least": round(min(choice.solution.moved), 3),
+        "harm": round(choice.solution.harm, 4),
+        "share_left": round(exact.share_left, 3),
+        "null_leakage": leakage(choice.solution.basis, null),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(THREADS)
+    result = {"threads": THREADS, "rank": RANK}
+    result["SD1.5"] = [solve(SD15, 768, concepts) for concepts in MANY]
+    result["SDXL"] = [solve(SDXL, 2048, concepts) for concepts in MANY[:1]]
+    for model in ("SD1.5", "SDXL"):
+        for line in result[model]:
+            print(model, line)
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
