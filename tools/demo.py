@@ -102,7 +102,13 @@ def demo_graph() -> graphs.Graph:
     """Train, save and apply an erasure; draw each prompt without and with it."""
     graph = (
         graphs.loader(CHECKPOINT)
-        | graphs.train(erase=CONCEPT, keep="\n".join(KEPT), training_seed=SEED, **TRAINING)
+        | graphs.train(
+            erase=CONCEPT,
+            keep="\n".join(KEPT),
+            training_seed=SEED,
+            stored_result="train again",
+            **TRAINING,
+        )
         | graphs.save(filename=f"demo-{CONCEPT}")
         | graphs.show("saved-path", ("save", 0))
         | graphs.show("training-report", ("train", 2))

@@ -1,0 +1,172 @@
+"""The pictures: four open emoji sets, brought to one size on white.
+
+The sets come from the npm registry and stay under ``build/emoji/npm``; what training reads is one
+file, ``pictures.npz``.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.emoji.words import OBJECT_NAMES, OBJECTS, STYLE_NAMES
+from tools.environment import BUILD
+
+FOLDER = BUILD / "emoji"
+SOURCES = FOLDER / "npm"
+PICTURES = FOLDER / "pictures.npz"
+
+SIZE = 64  # pixels of a finished picture
+MASTER = 128  # pixels of the longest side of a picture as kept
+NOMINAL = 52  # pixels of the longest side in a finished picture without augmentation
+SMALLEST, LARGEST, SHIFT = 48, 56, 2  # pixels: what augmentation varies
+
+PACKAGES = {
+    "cartoon": "emoji-datasource-google@16.0.0",
+    "flat": "emoji-datasource-twitter@16.0.0",
+    "clay": "@lobehub/fluent-emoji-3d@1.1.0",
+    "ink": "@iconify-json/fluent-emoji-high-contrast@1.2.6",
+    "keywords": "emojilib@4.0.3",
+    "groups": "unicode-emoji-json@0.9.0",
+}
+_RASTERISER = "@resvg/resvg-js@2.6.2"
+_RASTERISE = """
+const {Resvg} = require('@resvg/resvg-js');
+const pages = JSON.parse(require('fs').readFileSync(0, 'utf8'));
+const drawn = pages.map(svg => new Resvg(svg, {fitTo: {mode: 'width', value: 256}})
+  .render().asPng().toString('base64'));
+process.stdout.write(JSON.stringify(drawn));
+"""
+
+
+def package(name: str) -> Path:
+    """The unpacked npm package for a style or for ``keywords`` and ``groups``."""
+    wanted = PACKAGES[name]
+    folder = SOURCES / wanted.replace("@", "").replace("/", "-")
+    if not folder.exists():
+        SOURCES.mkdir(parents=True, exist_ok=True)
+        call = ["npm", "pack", "--silent", wanted]
+        archive = subprocess.check_output(call, cwd=SOURCES, text=True).split()[-1]
+        partial = folder.with_name(f".{folder.name}")
+        with tarfile.open(SOURCES / archive) as packed:
+            packed.extractall(partial, filter="data")
+        partial.rename(folder)
+    return folder / "package"
+
+
+def load_pictures() -> np.ndarray:
+    """All pictures as kept, uint8 (objects, styles, 128, 128, 4), transparent around."""
+    if not PICTURES.exists():
+        masters = np.zeros((len(OBJECTS), len(STYLE_NAMES), MASTER, MASTER, 4), dtype=np.uint8)
+        for column, style in enumerate(STYLE_NAMES):
+            for row, picture in enumerate(_READERS[style]()):
+                masters[row, column] = np.asarray(_fit(picture))
+        partial = PICTURES.with_suffix(".part.npz")
+        np.savez_compressed(partial, pictures=masters)
+        partial.replace(PICTURES)
+    return np.load(PICTURES)["pictures"]
+
+
+def render(master: np.ndarray, side: int = NOMINAL, right: int = 0, down: int = 0) -> np.ndarray:
+    """One picture on white, uint8 (64, 64, 3), its longest side ``side`` pixels."""
+    small = Image.fromarray(master, "RGBA").resize((side, side), Image.Resampling.LANCZOS)
+    page = Image.new("RGBA", (SIZE, SIZE), "white")
+    page.alpha_composite(small, _corner(side, right, down))
+    return np.asarray(page.convert("RGB"))
+
+
+def render_varied(master: np.ndarray, draw: random.Random) -> np.ndarray:
+    """One picture with its size and place varied."""
+    shift = [draw.randint(-SHIFT, SHIFT) for _ in range(2)]
+    return render(master, draw.randint(SMALLEST, LARGEST), *shift)
+
+
+def training_pictures(variants: int, seed: int) -> np.ndarray:
+    """uint8 (objects, styles, variants, 64, 64, 3)."""
+    masters, draw = load_pictures(), random.Random(seed)
+    shape = (*masters.shape[:2], variants, SIZE, SIZE, 3)
+    pages = np.empty(shape, dtype=np.uint8)
+    for place in np.ndindex(shape[:3]):
+        pages[place] = render_varied(masters[place[:2]], draw)
+    return pages
+
+
+def _corner(side: int, right: int, down: int) -> tuple[int, int]:
+    margin = SIZE - side
+    return tuple(min(max(margin // 2 + shift, 0), margin) for shift in (right, down))
+
+
+def _fit(picture: Image.Image) -> Image.Image:
+    """Cut to what is drawn, then scale and centre on a transparent square."""
+    picture = picture.convert("RGBA")
+    opaque = picture.getchannel("A").point(lambda value: 255 if value > 24 else 0)
+    picture = picture.crop(opaque.getbbox())
+    factor = MASTER / max(picture.size)
+    size = tuple(max(1, round(side * factor)) for side in picture.size)
+    square = Image.new("RGBA", (MASTER, MASTER), (255, 255, 255, 0))
+    corner = tuple((MASTER - side) // 2 for side in size)
+    square.paste(picture.resize(size, Image.Resampling.LANCZOS), corner)
+    return square
+
+
+def _from_files(style: str, folder: str, ending: str) -> list[Image.Image]:
+    """One file for each code point, some with a variation selector in their name."""
+    found = []
+    for code in OBJECTS.values():
+        names = [package(style) / folder / f"{code}{tail}{ending}" for tail in ("", "-fe0f")]
+        found.append(Image.open(next(name for name in names if name.exists())))
+    return found
+
+
+def _from_drawings(style: str) -> list[Image.Image]:
+    """Scalable drawings in black, rasterised outside Python."""
+    root = package(style)
+    icons = json.loads((root / "icons.json").read_text(encoding="utf-8"))
+    named = json.loads((root / "chars.json").read_text(encoding="utf-8"))
+    width, height = icons["width"], icons["height"]
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" color="black">'
+    pages = []
+    for code in OBJECTS.values():
+        name = named.get(code) or named[f"{code}-fe0f"]
+        pages.append(f"{head}{icons['icons'][name]['body']}</svg>")
+    tool = SOURCES / "tool"
+    if not (tool / "node_modules" / "@resvg").exists():
+        call = ["npm", "install", "--silent", "--no-save", "--prefix", str(tool), _RASTERISER]
+        subprocess.check_call(call)
+    call = ["node", "-e", _RASTERISE]
+    drawn = subprocess.check_output(call, cwd=tool, input=json.dumps(pages).encode())
+    return [Image.open(io.BytesIO(base64.b64decode(text))) for text in json.loads(drawn)]
+
+
+_READERS = {
+    "cartoon": lambda: _from_files("cartoon", "img/google/64", ".png"),
+    "flat": lambda: _from_files("flat", "img/twitter/64", ".png"),
+    "clay": lambda: _from_files("clay", "assets", ".webp"),
+    "ink": lambda: _from_drawings("ink"),
+}
+
+
+def contact_sheet(pages: np.ndarray, columns: int, path: Path, zoom: int = 1) -> None:
+    """Write pictures uint8 (count, 64, 64, 3) in rows of ``columns``."""
+    rows = -(-len(pages) // columns)
+    sheet = np.full((rows * SIZE, columns * SIZE, 3), 255, dtype=np.uint8)
+    for number, page in enumerate(pages):
+        y, x = divmod(number, columns)
+        sheet[y * SIZE : (y + 1) * SIZE, x * SIZE : (x + 1) * SIZE] = page
+    picture = Image.fromarray(sheet)
+    picture.resize((picture.width * zoom, picture.height * zoom), 0).save(path)
+
+
+if __name__ == "__main__":
+    everything = load_pictures()
+    sheet = np.stack([render(master) for master in everything.reshape(-1, MASTER, MASTER, 4)])
+    contact_sheet(sheet, 4 * 5, FOLDER / "pictures.png")
+    print(f"{len(OBJECT_NAMES)} objects in {len(STYLE_NAMES)} styles: {FOLDER / 'pictures.png'}")

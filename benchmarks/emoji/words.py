@@ -1,0 +1,245 @@
+"""What the model is asked for: objects, styles and the sentences around them.
+
+Everything here is plain data and needs nothing installed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+# Word -> code point. Each word is one token of the CLIP tokenizer.
+OBJECTS = {
+    # faces of animals, close relatives of each other
+    "cat": "1f431",
+    "dog": "1f436",
+    "tiger": "1f42f",
+    "lion": "1f981",
+    "wolf": "1f43a",
+    "fox": "1f98a",
+    "horse": "1f434",
+    "cow": "1f42e",
+    "pig": "1f437",
+    "rabbit": "1f430",
+    "bear": "1f43b",
+    "panda": "1f43c",
+    "koala": "1f428",
+    "monkey": "1f435",
+    "mouse": "1f42d",
+    "frog": "1f438",
+    # other animals
+    "penguin": "1f427",
+    "owl": "1f989",
+    "whale": "1f433",
+    "fish": "1f41f",
+    "octopus": "1f419",
+    "snail": "1f40c",
+    "bee": "1f41d",
+    "butterfly": "1f98b",
+    # fruit
+    "apple": "1f34e",
+    "pear": "1f350",
+    "orange": "1f34a",
+    "lemon": "1f34b",
+    "banana": "1f34c",
+    "cherry": "1f352",
+    "strawberry": "1f353",
+    "grapes": "1f347",
+    "pineapple": "1f34d",
+    "watermelon": "1f349",
+    # dishes
+    "pizza": "1f355",
+    "burger": "1f354",
+    "taco": "1f32e",
+    "donut": "1f369",
+    "cookie": "1f36a",
+    "cake": "1f382",
+    # vehicles
+    "car": "1f697",
+    "bus": "1f68c",
+    "truck": "1f69a",
+    "train": "1f682",
+    "bicycle": "1f6b2",
+    "boat": "26f5",
+    "rocket": "1f680",
+    # plants
+    "tree": "1f333",
+    "cactus": "1f335",
+    "mushroom": "1f344",
+    "rose": "1f339",
+    "tulip": "1f337",
+    "sunflower": "1f33b",
+    # things
+    "house": "1f3e0",
+    "guitar": "1f3b8",
+    "umbrella": "2614",
+    "crown": "1f451",
+    "heart": "2764",
+    "star": "2b50",
+    "moon": "1f319",
+}
+OBJECT_NAMES = tuple(OBJECTS)
+
+GROUPS = {
+    "face": OBJECT_NAMES[:16],
+    "animal": OBJECT_NAMES[16:24],
+    "fruit": OBJECT_NAMES[24:34],
+    "dish": OBJECT_NAMES[34:40],
+    "vehicle": OBJECT_NAMES[40:47],
+    "plant": OBJECT_NAMES[47:53],
+    "thing": OBJECT_NAMES[53:],
+}
+
+# Style word -> art set. The words say what the set looks like; the sets' own names aren't words.
+STYLES = {
+    "cartoon": "Noto Emoji",
+    "flat": "Twemoji",
+    "clay": "Fluent Emoji 3D",
+    "ink": "Fluent Emoji High Contrast",
+}
+STYLE_NAMES = tuple(STYLES)
+
+# Other words for the same picture, trained rarely: what an erasure has to reach as well.
+SYNONYMS = {
+    "kitten": "cat",
+    "puppy": "dog",
+    "pony": "horse",
+    "bunny": "rabbit",
+    "hamburger": "burger",
+    "automobile": "car",
+    "bike": "bicycle",
+    "cottage": "house",
+}
+
+# Pairs whose picture the denoiser never sees: both words are known, the combination is new.
+LEFT_OUT_PAIRS = (
+    ("cat", "clay"),
+    ("horse", "flat"),
+    ("bear", "ink"),
+    ("penguin", "cartoon"),
+    ("lemon", "clay"),
+    ("strawberry", "ink"),
+    ("pizza", "cartoon"),
+    ("bus", "flat"),
+    ("tulip", "clay"),
+    ("star", "cartoon"),
+)
+
+# {a} is "a cat" with its article, {o} the bare word, {s} the style.
+PLAIN = (
+    "{a}",
+    "{o}",
+    "a photo of {a}",
+    "a picture of {a}",
+    "an image of {a}",
+    "a drawing of {a}",
+    "this is {a}",
+    "there is {a} here",
+    "the {o}",
+    "one {o}",
+)
+STYLED = (
+    "{a} in {s} style",
+    "{s} style {o}",
+    "a picture of {a}, {s} style",
+    "a photo of {a} in {s} style",
+    "a {s} drawing of {a}",
+    "{a}, {s}",
+    "{o} in {s}",
+    "the {s} {o}",
+)
+# Never trained, for evaluation only.
+HELD_OUT_PLAIN = (
+    "a painting of {a}",
+    "{a} on a white background",
+    "look at the {o} over there",
+    "my favourite {o}",
+)
+HELD_OUT_STYLED = (
+    "an image of {a} in the {s} style",
+    "{o}, simple, {s} style",
+    "a {s} style picture showing {a}",
+)
+
+SHARE_EMPTY = 0.1
+SHARE_PLAIN = 0.3
+SHARE_SYNONYM = 0.15
+SHARE_SURROUNDED = 0.3
+
+CAPTIONS = Path(__file__).resolve().parents[2] / "erase_core" / "data" / "captions.txt"
+
+
+def with_article(word: str) -> str:
+    """``cat`` -> ``a cat``; ``grapes`` stays as it is."""
+    if word == "grapes":
+        return word
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
+def fill(phrase: str, word: str, style: str | None = None) -> str:
+    """A phrase with its places filled."""
+    return phrase.format(a=with_article(word), o=word, s=style)
+
+
+def caption_lines() -> list[str]:
+    """The plain captions the erasure protects, one a line."""
+    return CAPTIONS.read_text(encoding="utf-8").splitlines()
+
+
+def ordinary_words() -> list[str]:
+    """Words of the plain captions that name neither an object nor a style, sorted."""
+    named = set(OBJECTS) | set(STYLES) | set(SYNONYMS)
+    named |= {f"{word}s" for word in named}
+    words = {
+        word
+        for line in caption_lines()
+        for word in line.lower().replace(",", " ").split()
+        if word.isalpha() and word.isascii()
+    }
+    return sorted(words - named)
+
+
+class PromptMaker:
+    """Draws the text for a picture, the way the training mixes it."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._ordinary = ordinary_words()
+        self._synonyms = {name: [] for name in OBJECTS}
+        for word, name in SYNONYMS.items():
+            self._synonyms[name].append(word)
+
+    def draw(self, name: str, style: str, allow_empty: bool = True) -> tuple[str, bool]:
+        """The text, and whether it names the style."""
+        kind = self._random.random()
+        if allow_empty and kind < SHARE_EMPTY:
+            return "", False
+        word = name
+        if self._synonyms[name] and self._random.random() < SHARE_SYNONYM:
+            word = self._random.choice(self._synonyms[name])
+        if self._random.random() < SHARE_PLAIN:
+            return self._surround(fill(self._random.choice(PLAIN), word)), False
+        return self._surround(fill(self._random.choice(STYLED), word, style)), True
+
+    def _surround(self, text: str) -> str:
+        """Now and then, put ordinary words around, so that they come to mean nothing."""
+        if self._random.random() >= SHARE_SURROUNDED:
+            return text
+        before = self._some_words(self._random.choice((0, 0, 1, 3)))
+        after = self._some_words(self._random.choice((0, 1, 2, 5)))
+        joint = self._random.choice((" ", ", "))
+        return joint.join(part for part in (before, text, after) if part)
+
+    def _some_words(self, count: int) -> str:
+        return " ".join(self._random.choices(self._ordinary, k=count))
+
+
+def all_prompts(plain: Sequence[str], styled: Sequence[str]) -> list[tuple[str, str, str | None]]:
+    """Every (text, object, style or None) that these phrases give."""
+    found: list[tuple[str, str, str | None]] = []
+    for name in OBJECT_NAMES:
+        found += [(fill(phrase, name), name, None) for phrase in plain]
+        for style in STYLE_NAMES:
+            found += [(fill(phrase, name, style), name, style) for phrase in styled]
+    return found

@@ -1,0 +1,112 @@
+"""The small drawing model of ``benchmarks/emoji``: what is kept of it and what the host reads."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.emoji.autoencoder import LATENT_SCALE, Autoencoder
+from benchmarks.emoji.build import autoencoder_tensors, quantise, restore, text_tensors
+from benchmarks.emoji.text import TextEncoder, tokenize, word_token
+from benchmarks.emoji.unet import alphas
+from benchmarks.emoji.words import (
+    HELD_OUT_PLAIN,
+    HELD_OUT_STYLED,
+    LEFT_OUT_PAIRS,
+    OBJECT_NAMES,
+    STYLE_NAMES,
+    SYNONYMS,
+    PromptMaker,
+    all_prompts,
+)
+from tools.environment import HOST
+
+
+@pytest.mark.parametrize("bits", (6, 8))
+def test_numbers_come_back_within_half_a_step(bits: int) -> None:
+    """A length that fills no whole group of four, a row of zeros and an uneven row."""
+    value = torch.randn(7, 3, 37, generator=torch.Generator().manual_seed(bits))
+    value[2] = 0
+    value[3] *= 100
+    small = quantise("w", value, bits)
+    again = restore("w", small, bits)
+    largest = value.flatten(1).abs().amax(1)
+    step = small["w:scale"].float().clamp_min(1e-7)
+    # Values above what is represented are cut, and that has to pay off over the whole row.
+    error = (again - value).flatten(1).square().mean(1).sqrt()
+    assert (error <= 0.5 * largest / (2 ** (bits - 1) - 1) + 1e-7).all()
+    inside = value.flatten(1).abs() <= (step * (2 ** (bits - 1) - 1)).unsqueeze(1)
+    off = (again - value).flatten(1).abs() / step.unsqueeze(1)
+    assert off[inside].max() <= 0.501
+    assert len(small["w:numbers"]) == (-(-7 * 111 * bits // 24) * 3 if bits == 6 else 7 * 111)
+
+
+def test_words_are_single_tokens() -> None:
+    for word in (*OBJECT_NAMES, *STYLE_NAMES, *SYNONYMS):
+        assert word_token(word) is not None, word
+
+
+def test_held_out_sentences_are_never_drawn() -> None:
+    held_out = {text for text, _, _ in all_prompts(HELD_OUT_PLAIN, HELD_OUT_STYLED)}
+    maker = PromptMaker(0)
+    pairs = [(name, style) for name in OBJECT_NAMES for style in STYLE_NAMES] * 20
+    drawn = [maker.draw(*pair) for pair in pairs]
+    assert not held_out & {text for text, _ in drawn}
+    empty = sum(text == "" for text, _ in drawn) / len(drawn)
+    assert 0.08 < empty < 0.12
+    assert any(named for _, named in drawn)
+
+
+def test_left_out_pairs_leave_every_word_known() -> None:
+    for name in OBJECT_NAMES:
+        seen = [style for style in STYLE_NAMES if (name, style) not in LEFT_OUT_PAIRS]
+        assert len(seen) >= len(STYLE_NAMES) - 1
+    assert {style for _, style in LEFT_OUT_PAIRS} == set(STYLE_NAMES)
+
+
+def test_text_encoder_is_the_hosts() -> None:
+    """The narrow encoder and the host's CLIP-L, filled from it, give the same states."""
+    import comfy.clip_model
+    import comfy.ops
+
+    torch.manual_seed(0)
+    words = ["cat", "flat", "style"]
+    ours = TextEncoder([word_token(word) for word in words])
+    torch.nn.init.normal_(ours.meaning, std=0.2)
+    config = json.loads((HOST / "comfy" / "sd1_clip_config.json").read_text(encoding="utf-8"))
+    theirs = comfy.clip_model.CLIPTextModel(
+        config, torch.float32, "cpu", comfy.ops.disable_weight_init
+    )
+    theirs.text_model.load_state_dict(text_tensors(ours))
+    tokens = tokenize(["a cat in flat style", ""])
+    with torch.no_grad():
+        states = theirs.text_model(tokens)[0]
+        assert torch.allclose(states, ours(tokens), atol=1e-4)
+        assert not torch.allclose(states[0], states[1], atol=0.1)
+
+
+def test_autoencoder_is_the_hosts() -> None:
+    """The host's TAESD with the tensors of ours; the sampler's latents are our encoder's."""
+    import comfy.latent_formats
+    import comfy.taesd.taesd
+
+    torch.manual_seed(0)
+    ours, theirs = Autoencoder(), comfy.taesd.taesd.TAESD()
+    theirs.load_state_dict(autoencoder_tensors(ours))
+    pictures = torch.rand(2, 3, 64, 64)
+    scaling = comfy.latent_formats.SD15()
+    with torch.no_grad():
+        latents = scaling.process_in(theirs.encode(pictures * 2 - 1))
+        assert latents.shape == (2, 4, 8, 8)
+        assert torch.allclose(latents, ours.encode(pictures), atol=1e-4)
+        drawn = theirs.decode(scaling.process_out(latents)) / 2 + 0.5
+        assert torch.allclose(drawn, ours.decode(latents), atol=1e-4)
+    assert scaling.scale_factor == LATENT_SCALE
+
+
+def test_schedule_is_the_hosts() -> None:
+    import comfy.model_sampling
+
+    sigmas = comfy.model_sampling.ModelSamplingDiscrete().sigmas
+    kept = alphas(torch.device("cpu"))
+    assert torch.allclose(((1 - kept) / kept).sqrt(), sigmas, rtol=1e-4)
