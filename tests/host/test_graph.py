@@ -97,7 +97,7 @@ def test_the_saved_file_says_what_it_is(server):
         info = file.metadata()
     record = json.loads(info["concept_surgery"])
     assert record["base"]["name"] == CHECKPOINT
-    assert record["settings"]["concept"] == "cat" and record["steps_done"] == 4
+    assert record["concepts"][0]["text"] == "cat" and record["steps_done"] == 4
     assert info["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert info["ss_base_model_version"] == "sd_v1"
 
@@ -116,7 +116,7 @@ def test_queueing_twice_trains_once(server):
         ({"erase": ""}, "concept is empty"),
         ({"replace_with": "Cat"}, "the same"),
         ({"keep": "a photo of a cat"}, "Both can't hold"),
-        ({"steps": 0}, "steps must be between 1 and 10000, not 0"),
+        ({"layers": "attention"}, "Choose the soft form"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(server, values, words):
