@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.emoji.data import FOLDER, SIZE, contact_sheet, training_pictures
-from benchmarks.emoji.loop import Log, cosine_rate, load, pick_device, save, set_rate
+from benchmarks.emoji.loop import Log, cosine_rate, load, mixed, pick_device, save, set_rate
 
 PATH = FOLDER / "autoencoder.pt"
 LATENT_SCALE = 0.18215
@@ -159,9 +159,13 @@ def train(steps: int = STEPS) -> None:
 
 
 def _loss(model: Autoencoder, norm: nn.BatchNorm2d, pictures: torch.Tensor) -> torch.Tensor:
-    latents = norm(model.encode(pictures))
+    with mixed(pictures.device):
+        encoded = model.encode(pictures)
+    latents = norm(encoded.float())
     strength = NOISE * torch.rand(len(pictures), 1, 1, 1, device=pictures.device)
-    drawn = model.decode(latents + strength * torch.randn_like(latents))
+    with mixed(pictures.device):
+        drawn = model.decode(latents + strength * torch.randn_like(latents))
+    drawn = drawn.float()
     loss = functional.l1_loss(drawn, pictures) + 2 * functional.mse_loss(drawn, pictures)
     # The colours of areas, hue apart from lightness: without this the encoder kept no axis from
     # green to pink for thousands of steps, and trees came out grey.

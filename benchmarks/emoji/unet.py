@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.emoji.autoencoder import CHANNELS, SIDE, load_autoencoder, to_input
 from benchmarks.emoji.data import FOLDER, SIZE, training_pictures
-from benchmarks.emoji.loop import Average, Log, load, pick_device, save, set_rate
+from benchmarks.emoji.loop import Average, Log, load, mixed, pick_device, save, set_rate
 from benchmarks.emoji.text import TextEncoder, load_text_encoder, tokenize
 from benchmarks.emoji.words import LEFT_OUT_PAIRS, OBJECT_NAMES, STYLE_NAMES, PromptMaker
 
@@ -153,7 +153,9 @@ def _loss(
     noise = torch.randn_like(clean)
     noisy = left.sqrt() * clean + (1 - left).sqrt() * noise
     noisy = noisy.contiguous(memory_format=torch.channels_last)
-    errors = (model(noisy, steps, states) - noise).square().mean((1, 2, 3))
+    with mixed(device):
+        predicted = model(noisy, steps, states)
+    errors = (predicted.float() - noise).square().mean((1, 2, 3))
     snr = (left / (1 - left)).view(-1)
     weights = snr.clamp_max(SNR_CEILING) / snr * (1 + (1 / snr).clamp_max(SNR_GAIN)).sqrt()
     return (errors * weights).mean()
