@@ -100,6 +100,41 @@ class Denoiser(Protocol):
         """
 
 
+class Projections:
+    """``x R`` of what the layers are given in one forward, in the type of R.
+
+    Hosts round the prompts to the model's type, and rounded ones are no longer orthogonal to R: in
+    bf16 that alone would move exact prompts about as far as rounding the weights does. Where a
+    layer is given such prompts, the original ones are projected.
+
+    Args:
+        prompts: token embeddings (n, tokens, width) as the text encoder gave them, if known.
+    """
+
+    def __init__(self, prompts: Tensor | None) -> None:
+        self._prompts = prompts
+        self._seen: Tensor | None = None
+        self._precise: Tensor | None = None
+        self._projected: dict[int, Tensor] = {}
+
+    def project(self, x: Tensor, basis: Tensor) -> Tensor:
+        """``x R`` (n, tokens, rank). Layers that are given the same tensor share it."""
+        if x is not self._seen:
+            self._seen, self._precise, self._projected = x, self._unrounded(x, basis.dtype), {}
+        if id(basis) not in self._projected:
+            self._projected[id(basis)] = self._precise @ basis
+        return self._projected[id(basis)]
+
+    def _unrounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``x``, each number that is a prompt's rounded one as it was before."""
+        known = self._prompts is not None and self._prompts.shape == x.shape
+        if x.dtype is dtype or not known:
+            return x.to(dtype)
+        full = self._prompts.to(x.device, dtype)
+        # What stands between the encoder and the layer may have changed some: those stay changed.
+        return torch.where(full.to(x.dtype) == x, full, x.to(dtype))
+
+
 class LowRankSidePath:
     """Lets linear layers add ``(x R) B^T`` to their output while an edit is active.
 
@@ -112,18 +147,20 @@ class LowRankSidePath:
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._edit: LowRankEdit | None = None
+        self._projections = Projections(None)
         self._handles = [
             module.register_forward_hook(self._hook(name)) for name, module in modules.items()
         ]
 
     @contextmanager
-    def active(self, edit: LowRankEdit | None) -> Iterator[None]:
-        """Apply ``edit`` to every forward inside the block."""
-        previous, self._edit = self._edit, edit
+    def active(self, edit: LowRankEdit | None, prompts: Tensor | None = None) -> Iterator[None]:
+        """Apply ``edit`` inside the block, which runs one forward with ``prompts``."""
+        previous = self._edit, self._projections
+        self._edit, self._projections = edit, Projections(prompts)
         try:
             yield
         finally:
-            self._edit = previous
+            self._edit, self._projections = previous
 
     def remove(self) -> None:
         """Take the hooks off the layers."""
@@ -137,9 +174,8 @@ class LowRankSidePath:
             factor = self._edit.factors.get(name)
             if factor is None:
                 return None
-            basis = self._edit.bases[name]
-            projected = inputs[0].to(basis.dtype) @ basis
-            return output + (projected @ factor.T).to(output.dtype)
+            projected = self._projections.project(inputs[0], self._edit.bases[name])
+            return (output + projected @ factor.T).to(output.dtype)
 
         return add
 

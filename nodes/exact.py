@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..erase_core import Erasure
-from ..erase_core.denoiser import LowRankEdit
+from ..erase_core.denoiser import LowRankEdit, Projections
 
 WRAPPER_TYPE = "apply_model"  # the host's WrappersMP.APPLY_MODEL, in every host that has wrappers
 WRAPPER_KEY = "concept_surgery_exact:"
@@ -67,13 +67,22 @@ class SidePath:
         Raises:
             ExactModeError: a layer is missing, or compiled code can't be switched off.
         """
-        forward = _Forward(self, c_crossattn)
+        projections = Projections(c_crossattn)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_uncompiled())
             for name, key in self._keys.items():
                 layer = _layer(executor.class_obj, key)
-                stack.callback(layer.register_forward_hook(forward.hook(name)).remove)
+                hook = self._hook(name, projections)
+                stack.callback(layer.register_forward_hook(hook).remove)
             return executor(x, t, c_concat, c_crossattn, *others, **keywords)
+
+    def _hook(self, name: str, projections: Projections) -> Callable[..., Tensor]:
+        def add(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            edit = self.on(output.device)
+            projected = projections.project(inputs[0], edit.bases[name])
+            return (output + projected @ edit.factors[name].T).to(output.dtype)
+
+        return add
 
     def on(self, device: torch.device) -> LowRankEdit:
         """The edit, strength included, on a device; moved there once."""
@@ -86,50 +95,6 @@ class SidePath:
         """Host key and ``s B R^T`` (out, width) of every matrix, float32 on the CPU."""
         for name, key in self._keys.items():
             yield key, self._edit.factors[name] @ self._edit.bases[name].T
-
-
-class _Forward:
-    """One forward of the model: what its layers' hooks share.
-
-    Args:
-        side_path: whose edit is added.
-        prompts: token embeddings (n, tokens, width) as the text encoder gave them. The host rounds
-            them to the model's type, and rounded ones are no longer orthogonal to R: in bf16 that
-            would move exact prompts about as far as merging does.
-    """
-
-    def __init__(self, side_path: SidePath, prompts: Tensor | None) -> None:
-        self._side_path, self._prompts = side_path, prompts
-        self._seen: Tensor | None = None
-        self._precise: Tensor | None = None
-        self._projected: dict[int, Tensor] = {}
-
-    def hook(self, name: str) -> Callable[..., Tensor]:
-        """The forward hook of one layer."""
-
-        def add(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            edit = self._side_path.on(output.device)
-            projected = self._project(inputs[0], edit.bases[name])
-            return (output + projected @ edit.factors[name].T).to(output.dtype)
-
-        return add
-
-    def _project(self, tokens: Tensor, basis: Tensor) -> Tensor:
-        """``tokens R``, (n, tokens, rank). Layers that are given the same tokens share it."""
-        if tokens is not self._seen:
-            self._seen, self._precise, self._projected = tokens, self._unrounded(tokens), {}
-        if id(basis) not in self._projected:
-            self._projected[id(basis)] = self._precise @ basis
-        return self._projected[id(basis)]
-
-    def _unrounded(self, tokens: Tensor) -> Tensor:
-        """The tokens in float32, each number that is a prompt's rounded one as it was before."""
-        known = self._prompts is not None and self._prompts.shape == tokens.shape
-        if tokens.dtype is torch.float32 or not known:
-            return tokens.float()
-        full = self._prompts.to(tokens.device, torch.float32)
-        # Nodes between the encoder and this layer may have changed some: those stay changed.
-        return torch.where(full.to(tokens.dtype) == tokens, full, tokens.float())
 
 
 def add_side_path(patcher, erasure: Erasure, keys: Mapping[str, str], strength: float) -> None:

@@ -126,7 +126,7 @@ class ComfyDenoiser:
             "optimized_attention_override": _differentiable_attention,
             "wrappers": {WRAPPER_TYPE: side_paths(self._model)},
         }
-        with self._side_path.active(edit):
+        with self._side_path.active(edit, tokens):
             x0 = self._twin.apply_model(x, sigma, c_crossattn=tokens, transformer_options=options)
         return x0.float()
 

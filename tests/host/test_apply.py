@@ -88,6 +88,21 @@ def test_exact_stays_exact_where_the_prompt_is_rounded_as_well(erasure, tokens, 
     assert moved["erased"]["prediction"] > 0.02
 
 
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_training_runs_on_the_prompt_as_it_was_before_rounding(loaded, erasure, tokens, name):
+    """Or a report made on a GPU would blame the erasure for the rounding of the prompt."""
+    model = application.computing_in(application.model_in(DTYPES[name]), DTYPES[name])
+    x, sigma = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)), torch.ones(1)
+    change = {}
+    with torch.inference_mode(False), ComfyDenoiser(model, loaded[1], "", 6, 64) as denoiser:
+        for kind, rows in tokens.items():
+            plain = denoiser.predict_x0(x, sigma, rows[None])
+            edited = denoiser.predict_x0(x, sigma, rows[None], erasure.edit())
+            change[kind] = float((edited - plain).norm() / (x - plain).norm())
+    assert all(change[kind] <= 1e-4 for kind in UNMOVED)
+    assert change["erased"] > 0.02
+
+
 def test_the_erased_prompt_changes_as_it_does_merged(loaded, erasure, tokens):
     assert application.erased_alike(loaded[0], erasure, tokens["erased"]) <= 1e-4
     for strength in (-0.5, 2.0):
