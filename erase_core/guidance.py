@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .settings import NULL_SCORES
+from .settings import NULL_SCORES, WEIGHTINGS
 
 SIGMA_FLOOR = 0.02
 
@@ -50,6 +50,38 @@ def weighted_error(difference: Tensor, weight: Tensor | None = None) -> Tensor:
     return (squared if weight is None else squared * weight).mean()
 
 
+class SigmaWeight:
+    """``w(sigma)`` of the loss, which acts on ``g = eps(x,c) - eps(x,0)``.
+
+    "noise" takes the error of the predicted noise as it is, "image" that of the predicted x0,
+    ``w = sigma^2``, and "relative" every noise level alike, each against what there is to move.
+
+    Args:
+        kind: one of :data:`settings.WEIGHTINGS`.
+        sigma: (n,) noise levels of the states that are trained on.
+        differences: ``g*(e) - G`` at these states, (n, c, h, w).
+    """
+
+    def __init__(self, kind: str, sigma: Tensor, differences: Tensor) -> None:
+        if kind not in WEIGHTINGS:
+            raise ValueError(f"weighting must be one of {WEIGHTINGS}, not {kind!r}.")
+        self._kind = kind
+        self._levels, place = sigma.float().cpu().unique(return_inverse=True)
+        squared = differences.square().flatten(1).mean(dim=1).cpu()
+        total = squared.new_zeros(len(self._levels)).index_add_(0, place, squared)
+        self._distances = total / place.bincount()
+
+    def __call__(self, sigma: Tensor) -> Tensor | None:
+        """The weights at noise levels (n,), on their device; None where all are 1."""
+        if self._kind == "noise":
+            return None
+        if self._kind == "image":
+            return sigma.clamp(min=SIGMA_FLOOR).square()
+        nearest = (sigma.cpu()[:, None] - self._levels).abs().argmin(dim=1)
+        floor = 1e-6 * self._distances.max()
+        return (1 / self._distances.clamp(min=floor))[nearest].to(sigma.device)
+
+
 def surgery_loss(
     guidance: Tensor,
     target: Tensor,
@@ -60,6 +92,7 @@ def surgery_loss(
     keep_weight: float = 0.0,
     null_score: str = "frozen",
     weight: Tensor | None = None,
+    kept_weight: Tensor | None = None,
 ) -> Tensor:
     """The loss of the edit: move the guidance term of ``e``, hold everything that must stay.
 
@@ -81,6 +114,7 @@ def surgery_loss(
         keep_weight: mu.
         null_score: which ``eps_0`` stands in the first term: "frozen", "student" or "detached".
         weight: w(sigma), (n,); None for 1.
+        kept_weight: w(sigma) at the states of the kept prompts, likewise.
 
     Raises:
         ValueError: an unknown ``null_score``, or a term without the drift that it needs.
@@ -98,7 +132,7 @@ def surgery_loss(
         loss = loss + drift_weight * weighted_error(drift, weight)
     if keep_weight:
         for kept in kept_drifts:
-            loss = loss + keep_weight * weighted_error(kept, weight)
+            loss = loss + keep_weight * weighted_error(kept, kept_weight)
     return loss
 
 

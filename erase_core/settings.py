@@ -13,6 +13,7 @@ from .layers import LAYER_RULES
 KINDS = ("object", "style", "person", "tags")
 FORMS = ("hard", "soft")
 NULL_SCORES = ("frozen", "student", "detached")
+WEIGHTINGS = ("noise", "relative", "image")
 ARROW = "=>"
 
 
@@ -63,6 +64,7 @@ class EraseSettings:
         keep_weight: mu of the soft form, on the drift of the keep and negative prompts.
         null_score: which unconditional score stands in the first term of the soft form, see
             :func:`guidance.surgery_loss`.
+        weighting: w(sigma) of the loss, see :class:`guidance.SigmaWeight`.
         warm_start: whether training starts from the closed form, else from no change at all.
         steps: optimiser steps; 0 is the closed form alone (instant form).
         batch: states per optimiser step.
@@ -94,6 +96,7 @@ class EraseSettings:
     drift_weight: float = 1.0
     keep_weight: float = 1.0
     null_score: str = "frozen"
+    weighting: str = "noise"
     warm_start: bool = True
     steps: int = 48
     batch: int = 2
@@ -108,7 +111,7 @@ class EraseSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "concepts", parse_concepts(self.concepts))
-        for name in ("kind", "form", "layers", "null_score"):
+        for name in ("kind", "form", "layers", "null_score", "weighting"):
             object.__setattr__(self, name, _text(name, getattr(self, name)))
         for name in ("keep", "negative_prompts", "templates"):
             object.__setattr__(self, name, _lines(name, getattr(self, name)))
@@ -122,7 +125,7 @@ class EraseSettings:
         return self.trajectories > 0
 
     def _check_choices(self) -> None:
-        for name, choices in (("kind", KINDS), ("form", FORMS), ("null_score", NULL_SCORES)):
+        for name, choices in _CHOICES:
             if getattr(self, name) not in choices:
                 raise SettingsError(
                     f"Unknown {_label(name)} {getattr(self, name)!r}. "
@@ -291,6 +294,12 @@ def same_text(one: str, other: str) -> bool:
     return one.casefold().split() == other.casefold().split()
 
 
+_CHOICES = (
+    ("kind", KINDS),
+    ("form", FORMS),
+    ("null_score", NULL_SCORES),
+    ("weighting", WEIGHTINGS),
+)
 _INTEGER_RANGES = (
     ("rank", 1, 256),
     ("steps", 0, 10_000),

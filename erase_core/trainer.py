@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser, LowRankEdit, stack_tokens
-from .guidance import guidance_term, surgery_loss, surgical_target, weighted_error
+from .guidance import SigmaWeight, guidance_term, surgery_loss, surgical_target, weighted_error
 from .layers import reads_prompt
 from .settings import EraseSettings
 from .states import EncodedPair, States
@@ -110,8 +110,9 @@ class SurgeryTrainer:
         self._ridge, self._protection = ridge, protection
         states = pool.states
         self._targets = surgical_target(states.g_erased, states.g_alternative, settings.eta)
-        distance = float(weighted_error(states.g_erased - self._targets))
-        self._scale = 1 / distance
+        differences = states.g_erased - self._targets
+        self._weight = SigmaWeight(settings.weighting, states.sigma, differences)
+        self._scale = 1 / float(weighted_error(differences, self._weight(states.sigma)))
         self._soft = settings.form == "soft"
         self._asks_null = self._soft and bool(
             settings.drift_weight or settings.null_score != "frozen"
@@ -148,6 +149,8 @@ class SurgeryTrainer:
             drift_weight=self._settings.drift_weight if self._soft else 0.0,
             kept_drifts=kept_drifts,
             keep_weight=self._settings.keep_weight,
+            weight=self._weight(asked[0][0].sigma.to(guidance.device)),
+            kept_weight=self._weight(asked[-1][0].sigma.to(guidance.device)),
             null_score=self._settings.null_score if self._soft else "frozen",
         )
         return loss * self._scale, self._ridge(edit)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from concept_surgery.erase_core.guidance import (
+    SigmaWeight,
     guidance_term,
     moved,
     surgery_loss,
@@ -91,6 +92,42 @@ def test_all_terms_of_the_soft_form(scores):
         + 0.3 * mean_square(kept)
     )
     torch.testing.assert_close(loss, expected)
+
+
+def test_weights_by_noise_level():
+    sigma = torch.tensor([1.0, 4.0, 1.0, 4.0])
+    differences = torch.tensor([1.0, 0.1, 3.0, 0.3]).view(4, 1, 1, 1).expand(4, 2, 3, 3)
+    assert SigmaWeight("noise", sigma, differences)(sigma) is None
+    image = SigmaWeight("image", sigma, differences)(sigma)
+    torch.testing.assert_close(image, torch.tensor([1.0, 16.0, 1.0, 16.0]))
+    relative = SigmaWeight("relative", sigma, differences)
+    shares = relative(sigma) * differences.square().mean((1, 2, 3))
+    assert shares[[0, 2]].sum() == pytest.approx(shares[[1, 3]].sum())
+    torch.testing.assert_close(relative(torch.tensor([3.9])), relative(sigma[1:2]))
+    with pytest.raises(ValueError, match="weighting"):
+        SigmaWeight("none", sigma, differences)
+
+
+def test_weights_act_on_every_term(scores):
+    """Each at its own states: kept prompts have their own noise levels."""
+    one, other = torch.tensor([2.0, 0.5]), torch.tensor([0.1, 7.0])
+    guidance, drift, kept = (torch.randn(2, 4, 3, 3, dtype=torch.float64) for _ in range(3))
+    loss = surgery_loss(
+        guidance,
+        torch.zeros_like(guidance),
+        drift=drift,
+        drift_weight=0.7,
+        kept_drifts=[kept],
+        keep_weight=0.3,
+        weight=one,
+        kept_weight=other,
+    )
+
+    def squares(difference):
+        return difference.square().mean((1, 2, 3))
+
+    expected = one * (squares(guidance) + 0.7 * squares(drift)) + 0.3 * other * squares(kept)
+    torch.testing.assert_close(loss, expected.mean())
 
 
 @pytest.mark.parametrize(

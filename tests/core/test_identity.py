@@ -81,6 +81,7 @@ def test_every_setting_counts(name):
         "form": "hard",
         "layers": "attention",
         "null_score": "student",
+        "weighting": "image",
         "warm_start": False,
         "stop_below": 0.1,
         "resolution": 256,
