@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks.emoji.autoencoder import LATENT_SCALE, Autoencoder, load_autoencoder
+from benchmarks.emoji.classifier import PATH as JUDGE
 from benchmarks.emoji.data import FOLDER
 from benchmarks.emoji.loop import load
 from benchmarks.emoji.text import (
@@ -135,7 +137,7 @@ def autoencoder_tensors(model: Autoencoder) -> dict[str, torch.Tensor]:
 
 
 def pack(path: Path = WEIGHTS) -> Path:
-    """Write what was trained, made small."""
+    """Write what was trained, made small, and the judge beside it."""
     unet, text, autoencoder = trained_parts()
     parts = {"unet": unet, "text": text.state_dict(), "autoencoder": autoencoder.state_dict()}
     small = {"text.known": torch.tensor(text.known, dtype=torch.int32)}
@@ -150,6 +152,7 @@ def pack(path: Path = WEIGHTS) -> Path:
     partial = path.with_name(f".{path.name}.part")
     save_file({name: value.contiguous() for name, value in small.items()}, partial)
     partial.replace(path)
+    shutil.copyfile(JUDGE, path.with_name(JUDGE.name))
     return path
 
 

@@ -23,6 +23,7 @@ from benchmarks.emoji.loop import Log, cosine_rate, pick_device, set_rate
 from benchmarks.emoji.words import OBJECT_NAMES, STYLE_NAMES
 
 PATH = FOLDER / "classifier.safetensors"
+COMMITTED = Path(__file__).parent / "weights" / "classifier.safetensors"
 FEATURES = 128
 STEPS, BATCH, RATE = 1500, 64, 2e-3
 VARIANTS, DECODED = 32, 12
@@ -53,8 +54,9 @@ class Classifier(nn.Module):
         return self.name(features), self.style(features)
 
 
-def load_classifier(path: Path = PATH, device: torch.device | None = None) -> Classifier:
-    """The trained one, frozen."""
+def load_classifier(path: Path | None = None, device: torch.device | None = None) -> Classifier:
+    """The one trained here or else the committed one, frozen."""
+    path = path or (PATH if PATH.exists() else COMMITTED)
     model = Classifier()
     model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return model.to(device or torch.device("cpu")).requires_grad_(False)
