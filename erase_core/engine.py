@@ -19,7 +19,7 @@ from .encoded import EncodedPrompts, encode_prompts
 from .erasure import Erasure
 from .fingerprint import fingerprint
 from .identity import USE_IF_THERE, result_key, stored_result
-from .language import encode_language, plain_captions, second_moment, spread
+from .language import encode_language, naming, plain_captions, second_moment, spread
 from .layers import reads_prompt
 from .measure import CountedDenoiser, movement_on
 from .prompts import prompt_warnings
@@ -29,7 +29,7 @@ from .states import Sampling, States, Trajectories, draw_pairs, sample_states
 from .subspace import ExactSet, KeptPrompt, SubspaceError, exact_set
 from .trainer import Pool, Ridge, SurgeryTrainer, TrainingError
 
-VERSION = "0.2.0"
+VERSION = "0.2.1"
 
 # States on which a protection is tried, and the early stop is decided: few, since they are only
 # compared with each other.
@@ -117,6 +117,7 @@ def erase(
     captions = plain_captions(settings.captions)
     unnamed = spread(captions, UNNAMED_PROMPTS)
     moment = yield from run.language([c for c in captions if c not in unnamed], language_cache)
+    unnamed = [c for c in unnamed if c not in run.named(unnamed)]
     exact = _exact(settings, prompts)
     moment = moment + _named_moment(settings, prompts, exact)
     readers = {name: w for name, w in run.matrices.items() if reads_prompt(name)}
@@ -172,9 +173,13 @@ class _Run:
     def language(
         self, captions: Sequence[str], cache: MutableMapping[str, Tensor] | None
     ) -> Iterator[Progress]:
-        stage = encode_language(self.denoiser, captions, cache)
+        stage = encode_language(self.denoiser, captions, cache, self.named(captions))
         text = "Reading ordinary language, {0[0]} of {0[1]} captions"
         return (yield from self._follow(stage, text))
+
+    def named(self, captions: Sequence[str]) -> list[str]:
+        """Captions that name a concept; held, they would hold back what is to move."""
+        return naming(captions, [concept.text for concept in self.settings.concepts])
 
     def sample(self, prompts: EncodedPrompts) -> Iterator[Progress]:
         """The pool: states to train on, to check on, and of what the soft form holds.

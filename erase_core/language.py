@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from importlib import resources
 
@@ -33,6 +34,13 @@ def spread(items: Sequence[str], count: int) -> list[str]:
     return [items[index * len(items) // count] for index in range(count)]
 
 
+def naming(captions: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Those captions in which one of the texts stands as words of its own, also with a plural s."""
+    words = "|".join(re.escape(text) for text in texts)
+    pattern = re.compile(rf"(?<!\w)(?:{words})s?(?!\w)", re.IGNORECASE)
+    return [caption for caption in captions if pattern.search(caption)]
+
+
 def second_moment(prompts: Iterable[Tensor]) -> Tensor:
     """``mean c c^T`` over the tokens of all prompts (tokens, width): (width, width) float64."""
     total, tokens = None, 0
@@ -47,32 +55,45 @@ def second_moment(prompts: Iterable[Tensor]) -> Tensor:
 
 
 def encode_language(
-    denoiser: Denoiser, captions: Sequence[str], cache: MutableMapping[str, Tensor] | None = None
+    denoiser: Denoiser,
+    captions: Sequence[str],
+    cache: MutableMapping[str, Tensor] | None = None,
+    left_out: Sequence[str] = (),
 ) -> Iterator[tuple[int, int]]:
     """Encode the captions and return their second moment (width, width), float64.
 
-    A generator: yields (captions done, captions) as it goes, and returns the matrix.
+    Every caption counts alike, however long. A generator: yields (captions done, captions) as it
+    goes, and returns the matrix.
 
     Args:
         cache: results by key, for example on disk. The key covers the captions and the
             embeddings of a few of them, hence the text encoder with everything in front of it
             (clip skip, LoRAs, textual inversions).
+        left_out: those of the captions that shall not count. They are taken out of what is
+            cached, so that the cache serves every concept.
     """
     key = _cache_key(denoiser, captions)
-    if cache is not None and key in cache:
-        return cache[key].double()
-    parts = []
+    if cache is None or key not in cache:
+        moment = yield from _mean_moment(denoiser, captions)
+        cache = {} if cache is None else cache
+        cache[key] = moment.float()
+    moment = cache[key].double()
+    count = len(captions) - len(left_out)
+    if not left_out or not count:
+        return moment
+    named = yield from _mean_moment(denoiser, left_out)
+    return (moment * len(captions) - named * len(left_out)) / count
+
+
+def _mean_moment(denoiser: Denoiser, captions: Sequence[str]) -> Iterator[tuple[int, int]]:
+    total = 0.0
     for start in range(0, len(captions), ENCODE_BATCH):
         batch = captions[start : start + ENCODE_BATCH]
-        rows = torch.cat(denoiser.encode(batch, together=True))
-        parts.append((second_moment([rows]), rows.shape[0]))
+        encoded = denoiser.encode(batch, together=True)
+        alike = torch.cat([rows * len(rows) ** -0.5 for rows in encoded])
+        total = total + second_moment([alike]) * len(alike)
         yield start + len(batch), len(captions)
-    tokens = sum(count for _, count in parts)
-    moment = sum(part * (count / tokens) for part, count in parts)
-    if cache is not None:
-        cache[key] = moment.float()
-        moment = cache[key].double()
-    return moment
+    return total / len(captions)
 
 
 def _cache_key(denoiser: Denoiser, captions: Sequence[str]) -> str:

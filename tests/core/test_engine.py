@@ -15,7 +15,12 @@ from concept_surgery.erase_core import (
     report_text,
 )
 from concept_surgery.erase_core.denoiser import stack_tokens
-from concept_surgery.erase_core.language import encode_language, plain_captions, spread
+from concept_surgery.erase_core.language import (
+    encode_language,
+    naming,
+    plain_captions,
+    spread,
+)
 
 from .toy import ToyDenoiser
 
@@ -126,6 +131,32 @@ def test_language_is_encoded_once_per_encoder():
     assert list(encode_language(toy, captions, cache)) == []
     assert len(list(encode_language(toy, captions[:-1], cache))) == 3
     assert len(cache) == 2
+
+
+def end_of(generator):
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            return end.value
+
+
+def test_captions_that_name_the_concept_do_not_count():
+    """One cache serves all concepts, and the rest counts as if those had never been there."""
+    toy, cache = ToyDenoiser(), {}
+    captions = plain_captions()
+    named = naming(captions, ["cat", "Van Gogh"])
+    assert "a cat burglar tiptoeing along a roof ridge" in named
+    assert any("van Gogh" in caption for caption in named)
+    assert all("cat" in c.lower() or "van gogh" in c.lower() for c in named)
+    assert not naming(["a category", "concatenate"], ["cat"])
+    assert naming(["two Cats", "cat, cute"], ["cat"]) == ["two Cats", "cat, cute"]
+    assert naming(["saber \\(fate\\), armour"], ["saber \\(fate\\)"])
+    moment = end_of(encode_language(toy, captions, cache, named))
+    rest = end_of(encode_language(toy, [c for c in captions if c not in named]))
+    torch.testing.assert_close(moment, rest, rtol=1e-4, atol=1e-6)
+    assert (moment - end_of(encode_language(toy, captions, cache))).norm() > 1e-3 * rest.norm()
+    assert len(cache) == 1
 
 
 def test_prompts_of_different_length_attend_alike_when_repeated():
