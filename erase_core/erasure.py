@@ -50,13 +50,30 @@ class Erasure:
     @cached_property
     def identity(self) -> str:
         """Hash of the trained values: what makes two erasures the same."""
+        return self._values_hash(slice(None))
+
+    @cached_property
+    def parts(self) -> Mapping[str, str]:
+        """Hash of the trained values of each concept, by its text.
+
+        A concept's is the same in what :meth:`without` leaves. Where concepts share columns, each
+        has that of the whole.
+        """
+        return {
+            concept["text"]: self._values_hash(slice(*concept["columns"]))
+            if concept["columns"]
+            else self.identity
+            for concept in self.record["concepts"]
+        }
+
+    def _values_hash(self, columns: slice) -> str:
         digest, last = hashlib.sha256(), None
         for name in sorted(self.factors):
             digest.update(name.encode())
-            digest.update(self.factors[name].contiguous().numpy().tobytes())
+            digest.update(self.factors[name][:, columns].contiguous().numpy().tobytes())
             if self.bases[name] is not last:
                 last = self.bases[name]
-                digest.update(last.contiguous().numpy().tobytes())
+                digest.update(last[:, columns].contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @property
