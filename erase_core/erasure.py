@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import formats
 from .denoiser import LowRankEdit
+from .record import record_problem
 from .settings import same_text
 
 
@@ -167,7 +168,8 @@ class Erasure:
         """Read an erasure.
 
         Raises:
-            ErasureFileError: no such file, a damaged one, or one that is no erasure.
+            ErasureFileError: no such file, a damaged one, one that is no erasure, or one of a
+                version whose record can't be used.
         """
         if not path.is_file():
             raise ErasureFileError(f"There is no erasure at {str(path)!r}.")
@@ -196,4 +198,8 @@ class Erasure:
             bases, factors = formats.read_kohya_tensors(tensors)
         except ValueError as error:
             raise ErasureFileError(f"{name} is damaged: {error} Get the file again.") from error
-        return cls(bases, factors, record)
+        erasure = cls(bases, factors, record)
+        problem = record_problem(record, erasure.rank)
+        if problem:
+            raise ErasureFileError(f"{name} {problem}")
+        return erasure

@@ -9,6 +9,7 @@ import time
 import pytest
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tools import graphs
 from tools.environment import ROOT
@@ -141,6 +142,13 @@ def test_the_saved_file_says_what_it_is(server):
     assert record["concepts"][0]["text"] == "cat" and record["steps_done"] == 4
     assert info["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert info["ss_base_model_version"] == "sd_v1"
+
+    older = {key: value for key, value in record.items() if key != "form"} | {"version": "0.1.0"}
+    tensors = load_file(f"{path}/described.safetensors")
+    save_file(tensors, f"{path}/older.safetensors", {"concept_surgery": json.dumps(older)})
+    graph = graphs.load(filename="older.safetensors") | graphs.show("report", ("load", 1))
+    with pytest.raises(GraphFailed, match="older.safetensors was written by version 0.1.0 .* form"):
+        server.run(graph)
 
 
 def test_queueing_twice_trains_once(server):
