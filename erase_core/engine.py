@@ -24,12 +24,11 @@ from .layers import reads_prompt
 from .measure import CountedDenoiser, movement_on
 from .prompts import prompt_warnings
 from .protection import Choice, strongest_that_moves
+from .record import VERSION
 from .settings import EraseSettings
 from .states import Sampling, States, Trajectories, draw_pairs, sample_states
 from .subspace import ExactSet, KeptPrompt, SubspaceError, exact_set
 from .trainer import Pool, Ridge, SurgeryTrainer, TrainingError
-
-VERSION = "0.2.1"
 
 # States on which a protection is tried, and the early stop is decided: few, since they are only
 # compared with each other.

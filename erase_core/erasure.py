@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import formats
 from .denoiser import LowRankEdit
+from .record import record_problem
 from .settings import same_text
 
 
@@ -50,13 +51,30 @@ class Erasure:
     @cached_property
     def identity(self) -> str:
         """Hash of the trained values: what makes two erasures the same."""
+        return self._values_hash(slice(None))
+
+    @cached_property
+    def parts(self) -> Mapping[str, str]:
+        """Hash of the trained values of each concept, by its text.
+
+        A concept's is the same in what :meth:`without` leaves. Where concepts share columns, each
+        has that of the whole.
+        """
+        return {
+            concept["text"]: self._values_hash(slice(*concept["columns"]))
+            if concept["columns"]
+            else self.identity
+            for concept in self.record["concepts"]
+        }
+
+    def _values_hash(self, columns: slice) -> str:
         digest, last = hashlib.sha256(), None
         for name in sorted(self.factors):
             digest.update(name.encode())
-            digest.update(self.factors[name].contiguous().numpy().tobytes())
+            digest.update(self.factors[name][:, columns].contiguous().numpy().tobytes())
             if self.bases[name] is not last:
                 last = self.bases[name]
-                digest.update(last.contiguous().numpy().tobytes())
+                digest.update(last[:, columns].contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @property
@@ -150,7 +168,8 @@ class Erasure:
         """Read an erasure.
 
         Raises:
-            ErasureFileError: no such file, a damaged one, or one that is no erasure.
+            ErasureFileError: no such file, a damaged one, one that is no erasure, or one of a
+                version whose record can't be used.
         """
         if not path.is_file():
             raise ErasureFileError(f"There is no erasure at {str(path)!r}.")
@@ -179,4 +198,8 @@ class Erasure:
             bases, factors = formats.read_kohya_tensors(tensors)
         except ValueError as error:
             raise ErasureFileError(f"{name} is damaged: {error} Get the file again.") from error
-        return cls(bases, factors, record)
+        erasure = cls(bases, factors, record)
+        problem = record_problem(record, erasure.rank)
+        if problem:
+            raise ErasureFileError(f"{name} {problem}")
+        return erasure

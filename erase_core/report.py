@@ -25,7 +25,10 @@ def _headline(record: Mapping[str, Any]) -> list[str]:
     base = record["base"].get("name") or record["family"]
     lines = [f"Erased {concept_list(record)}, on {base}."]
     if record.get("taken_out"):
-        lines.append(f"Taken out again: {', '.join(record['taken_out'])}.")
+        lines.append(
+            f"Taken out again: {', '.join(record['taken_out'])}. Figures that are not of one "
+            "concept were measured with everything in."
+        )
     return lines
 
 
@@ -111,8 +114,8 @@ def _warnings(record: Mapping[str, Any]) -> list[str]:
             "Made for a model that samples at guidance 1: the null prompt and negative prompts "
             "aren't used there, so put what must not change under 'keep'."
         )
-    frozen = record["measures"]["moved_held_out"]
-    if frozen and min(frozen["concepts"]) < 0.8:
+    moved = [c["moved"] for c in record["concepts"] if c["moved"] is not None]
+    if moved and min(moved) < 0.8:
         lines.append(
             "The guidance moved less than 80 % of the way: traces may remain. Try the preset "
             "'thorough', fewer keep prompts or a lower protection."

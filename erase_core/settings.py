@@ -257,6 +257,18 @@ def parse_concepts(given: Any, alternative: str = "") -> tuple[Concept, ...]:
     return tuple(concepts)
 
 
+def concept_names(given: Any) -> tuple[str, ...]:
+    """Names of concepts from text, one a line; of ``cat => dog`` what stands before the arrow.
+
+    Blank and repeated lines are dropped.
+
+    Raises:
+        SettingsError: a line that can't be read.
+    """
+    concepts = (_concept(line, "") for line in _lines("concept", given))
+    return _lines("concept", [concept.text for concept in concepts if concept is not None])
+
+
 def _concept(line: Any, alternative: str) -> Concept | None:
     if isinstance(line, Concept):
         line = str(line)

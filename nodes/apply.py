@@ -15,7 +15,16 @@ from .exact import add_side_path
 from .host import base_fingerprint, encode_prompts, kohya_keys, original_weights, trained_keys
 from .messages import show_progress_text, upstream_file, warn
 from .schema import CATEGORY, ErasureType, compatible
-from .stack import ATTACHMENT, EXACT, MERGE, Applied, applied_to, stack_text
+from .stack import (
+    ATTACHMENT,
+    EXACT,
+    MERGE,
+    Applied,
+    applied_to,
+    overlap_warnings,
+    stack_text,
+    twice_text,
+)
 
 MODES = (MERGE, EXACT)
 STRONGEST = 5.0
@@ -80,6 +89,8 @@ class ApplyErasure(io.ComfyNode):
         patched = apply_erasure(model, erasure, strength, mode)
         name = upstream_file(cls.hidden.prompt, cls.hidden.unique_id, "model")
         warnings = mismatches(model, erasure, clip, name)
+        if strength:
+            warnings += overlap_warnings(applied_to(model), erasure)
         for warning in warnings:
             warn(warning, cls.hidden.unique_id)
         text = stack_report(patched)
@@ -96,8 +107,8 @@ def apply_erasure(model, erasure: Erasure, strength: float, mode: str = MERGE):
     :mod:`.exact`.
 
     Raises:
-        ApplyError: wrong strength or mode, another architecture, or the erasure is already on the
-            model.
+        ApplyError: wrong strength or mode, another architecture, or the erasure, or a part of it,
+            is already on the model.
         ExactModeError: exact, and the host can't.
     """
     if mode not in MODES:
@@ -108,12 +119,9 @@ def apply_erasure(model, erasure: Erasure, strength: float, mode: str = MERGE):
         )
     keys = _matching_keys(model, erasure)
     applied = applied_to(model)
-    if any(one.identity == erasure.identity for one in applied):
-        raise ApplyError(
-            f"The erasure of {erasure.concept!r} is already on this model. Applying it twice would "
-            "push the model past where it was trained to go: connect the MODEL of the loader, or "
-            "raise the strength of the first one."
-        )
+    twice = twice_text(applied, erasure)
+    if twice:
+        raise ApplyError(twice)
     patched = model.clone()
     if strength == 0:
         return patched

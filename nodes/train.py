@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import comfy.utils
@@ -248,36 +248,19 @@ def _main_inputs() -> list[Any]:
 def _advanced_inputs() -> list[Any]:
     preset = " -1: as the preset says."
     return [
-        compatible(
-            io.Combo.Input,
+        _combo(
             "model_type",
-            options=list(MODEL_TYPES),
-            default=MODEL_TYPES[0],
-            tooltip=(
-                "distilled: Turbo, Lightning, LCM, DMD2 and the like, which sample in a few steps "
-                "at CFG 1. At CFG 1 negative prompts do nothing."
-            ),
-            **_ADVANCED,
+            MODEL_TYPES,
+            "distilled: Turbo, Lightning, LCM, DMD2 and the like, which sample in a few steps "
+            "at CFG 1. At CFG 1 negative prompts do nothing.",
         ),
-        compatible(
-            io.Combo.Input,
+        _combo(
             "form",
-            options=list(FORMS),
-            default=FORMS[0],
-            tooltip=(
-                "hard: the empty prompt and the kept prompts can't move at all. soft: they are "
-                "held by a penalty, as in the paper; needed to train other layers."
-            ),
-            **_ADVANCED,
+            FORMS,
+            "hard: the empty prompt and the kept prompts can't move at all. soft: they are "
+            "held by a penalty, as in the paper; needed to train other layers.",
         ),
-        compatible(
-            io.Combo.Input,
-            "layers",
-            options=list(LAYER_RULES),
-            default=next(iter(LAYER_RULES)),
-            tooltip="What trains. Others than key-value need the soft form.",
-            **_ADVANCED,
-        ),
+        _combo("layers", LAYER_RULES, "What trains. Others than key-value need the soft form."),
         compatible(
             io.String.Input,
             "templates",
@@ -320,17 +303,12 @@ def _advanced_inputs() -> list[Any]:
             "drift_weight", 0.0, 1e4, 1.0, "Soft form: weight on the drift of the empty prompt."
         ),
         _float("keep_weight", 0.0, 1e4, 1.0, "Soft form: weight on the drift of kept prompts."),
-        compatible(
-            io.Combo.Input,
+        _combo(
             "null_score",
-            options=list(NULL_SCORES),
-            default=NULL_SCORES[0],
-            tooltip=(
-                "Soft form: whose prediction for the empty prompt the change is measured from: the "
-                "original's (frozen), or that of the model in training, with (student) or without "
-                "(detached) learning through it."
-            ),
-            **_ADVANCED,
+            NULL_SCORES,
+            "Soft form: whose prediction for the empty prompt the change is measured from: the "
+            "original's (frozen), or that of the model in training, with (student) or without "
+            "(detached) learning through it.",
         ),
         _float(
             "stop_below",
@@ -358,19 +336,22 @@ def _advanced_inputs() -> list[Any]:
             100_000,
             "Plain captions that stand for the rest of the language." + preset,
         ),
-        compatible(
-            io.Combo.Input,
+        _combo(
             "stored_result",
-            options=list(REUSE),
-            default=USE_IF_THERE,
-            tooltip=(
-                "A finished training is kept on disk and used again where model, LoRAs, text "
-                "encoder and all settings are the same. train again: replaces what is stored. "
-                "use only: an error where nothing is stored, for batches that must not train."
-            ),
-            **_ADVANCED,
+            REUSE,
+            "A finished training is kept on disk and used again where model, LoRAs, text "
+            "encoder and all settings are the same. train again: replaces what is stored. "
+            "use only: an error where nothing is stored, for batches that must not train.",
         ),
     ]
+
+
+def _combo(name: str, options: Iterable[str], tooltip: str) -> Any:
+    """An advanced choice; the first option is the default."""
+    options = list(options)
+    return compatible(
+        io.Combo.Input, name, options=options, default=options[0], tooltip=tooltip, **_ADVANCED
+    )
 
 
 def _int(name: str, low: int, high: int, tooltip: str) -> Any:

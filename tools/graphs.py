@@ -69,6 +69,11 @@ def load(name: str = "load", *, filename: str) -> Graph:
     return node(name, "ConceptSurgeryLoad", filename=filename)
 
 
+def take_out(name: str = "take", *, concepts: str, erasure: Output = ("train", 0)) -> Graph:
+    """Take concepts out of an erasure: ERASURE and its report are its outputs 0 and 1."""
+    return node(name, "ConceptSurgeryTakeOut", erasure=erasure, concepts=concepts)
+
+
 def apply(
     name: str = "apply",
     *,

@@ -255,10 +255,12 @@ def test_a_stack_says_what_stays_exact():
     assert "not even the null prompt" in stack_text([cat, applied("x", form="soft")])
 
 
-def test_the_node_shows_what_the_stack_keeps(loaded, erasure, other, monkeypatch):
-    shown = []
+@pytest.fixture
+def shown(monkeypatch) -> list[str]:
+    """What the node shows, outside a graph."""
+    texts = []
     monkeypatch.setattr(
-        "concept_surgery.nodes.apply.show_progress_text", lambda text, *_: shown.append(text)
+        "concept_surgery.nodes.apply.show_progress_text", lambda text, *_: texts.append(text)
     )
     monkeypatch.setattr(
         ApplyErasure,
@@ -266,6 +268,10 @@ def test_the_node_shows_what_the_stack_keeps(loaded, erasure, other, monkeypatch
         dataclasses.make_dataclass("Hidden", [("prompt", dict, None), ("unique_id", str, None)])(),
         raising=False,
     )
+    return texts
+
+
+def test_the_node_shows_what_the_stack_keeps(loaded, erasure, other, shown):
     once = ApplyErasure.execute(loaded[0], erasure, 1.0).args[0]
     assert not shown and applied_to(once)[0].mode == "merge"
     twice = ApplyErasure.execute(once, other, 1.0, mode="exact").args[0]
@@ -273,3 +279,17 @@ def test_the_node_shows_what_the_stack_keeps(loaded, erasure, other, monkeypatch
     assert text == stack_report(twice)
     assert "Exact beside all of them: the null prompt, 'a photo of a tiger'." in text
     assert "'blurry, watermark' is not exact beside 'pizza'." in text
+
+
+def test_the_same_concept_from_two_trainings_is_warned_about(loaded, erasure, other, shown):
+    record = copy.deepcopy(dict(other.record))
+    record["concepts"][0]["text"] = "A " + erasure.concept.upper()
+    unlike = Erasure(other.bases, other.factors, copy.deepcopy(record))
+    record["concepts"][0]["text"] = erasure.concept.upper()
+    alike = Erasure(other.bases, other.factors, record)
+    once = ApplyErasure.execute(loaded[0], erasure, 1.0).args[0]
+    for harmless, strength in ((alike, 0.0), (unlike, 1.0)):
+        ApplyErasure.execute(once, harmless, strength)
+        assert not any("already erased" in text for text in shown)
+    ApplyErasure.execute(once, alike, 1.0)
+    assert f"{alike.concept!r}: already erased on this model, by the erasure of" in shown[-1]

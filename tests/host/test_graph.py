@@ -9,6 +9,7 @@ import time
 import pytest
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tools import graphs
 from tools.environment import ROOT
@@ -32,10 +33,11 @@ def shot(name: str, model, text: str = "a photo of a cat"):
     return graphs.picture(name, text, model=model)
 
 
-def test_the_four_nodes_are_there_with_tooltips_and_help(server):
+def test_the_nodes_are_there_with_tooltips_and_help(server):
     for name, title in {
         "ConceptSurgeryTrain": "Train Concept Erasure",
         "ConceptSurgeryApply": "Apply Erased UNet",
+        "ConceptSurgeryTakeOut": "Take Concepts Out",
         "ConceptSurgerySave": "Save Erasure",
         "ConceptSurgeryLoad": "Load Erasure",
     }.items():
@@ -90,6 +92,46 @@ def test_beside_the_weights_the_picture_is_the_merged_one(server):
     assert max(abs(one - other) for one, other in pairs) <= 2
 
 
+def test_a_concept_that_is_taken_out_is_drawn_again(server):
+    instant = {"preset": "instant", "steps": -1, "trajectories": -1}
+    graph = training(erase="cat\npizza => bread", **instant) | graphs.take_out(concepts="Pizza")
+    graph |= graphs.show("report", ("take", 1)) | graphs.save(erasure=("take", 0))
+    cat, pizza = "a photo of a cat", "a photo of a pizza"
+    graph |= graphs.apply("whole") | graphs.apply("smaller", erasure=("take", 0))
+    for name, model in {"none": "loader", "all": "whole", "less": "smaller"}.items():
+        graph |= shot(f"cat-{name}", (model, 0), cat) | shot(f"pizza-{name}", (model, 0), pizza)
+    entry = server.run(graph)
+    shots = {name: pixels(server, entry, name) for name in entry["outputs"] if "-" in name}
+    assert change(shots["pizza-less"], shots["pizza-none"]) < 0.5 * change(
+        shots["pizza-all"], shots["pizza-none"]
+    )
+    assert change(shots["cat-less"], shots["cat-none"]) > 0.5 * change(
+        shots["cat-all"], shots["cat-none"]
+    )
+    assert "Taken out again: pizza." in "".join(entry["outputs"]["report"]["text"])
+
+    wrong = {name: graph[name] for name in ("loader", "train", "take")} | graphs.apply("whole")
+    twice = wrong | graphs.apply("smaller", model=("whole", 0), erasure=("take", 0))
+    with pytest.raises(GraphFailed, match="'cat' in common .* already on this model"):
+        server.run(twice | shot("never", ("smaller", 0)))
+    for concepts, words in {
+        "bird": "not among what",
+        "pizza\ncat": "Nothing would be left",
+    }.items():
+        with pytest.raises(GraphFailed, match=words):
+            server.run(
+                wrong | graphs.take_out(concepts=concepts) | graphs.save(erasure=("take", 0))
+            )
+    with pytest.raises(GraphRejected, match="No concept is named"):
+        server.run(wrong | graphs.take_out(concepts=" ") | graphs.save(erasure=("take", 0)))
+
+
+def change(one: bytes, other: bytes) -> float:
+    """Root mean square of the difference of two pictures' pixels."""
+    squares = [(a - b) ** 2 for a, b in zip(one, other, strict=True)]
+    return (sum(squares) / len(squares)) ** 0.5
+
+
 def test_the_saved_file_says_what_it_is(server):
     entry = server.run(training() | graphs.save(filename="described"))
     path = entry["outputs"]["save"]["text"][0].removeprefix("Saved described.safetensors in ")
@@ -100,6 +142,13 @@ def test_the_saved_file_says_what_it_is(server):
     assert record["concepts"][0]["text"] == "cat" and record["steps_done"] == 4
     assert info["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert info["ss_base_model_version"] == "sd_v1"
+
+    older = {key: value for key, value in record.items() if key != "form"} | {"version": "0.1.0"}
+    tensors = load_file(f"{path}/described.safetensors")
+    save_file(tensors, f"{path}/older.safetensors", {"concept_surgery": json.dumps(older)})
+    graph = graphs.load(filename="older.safetensors") | graphs.show("report", ("load", 1))
+    with pytest.raises(GraphFailed, match="older.safetensors was written by version 0.1.0 .* form"):
+        server.run(graph)
 
 
 def test_queueing_twice_trains_once(server):

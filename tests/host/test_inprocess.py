@@ -201,6 +201,12 @@ def test_several_concepts_share_a_run_and_one_is_taken_out_again(loaded, store):
     assert min(before) >= 0.7 and min(after[1:]) >= 0.6  # the others are still erased
     assert after[0] <= 0.4 * before[0]  # pizza is drawn again
     assert relative_change(model, without, null) <= 1e-5
+    for first, second in ((whole, less), (without, both)):
+        with pytest.raises(ApplyError, match="'cat', 'castle' in common .* of one training"):
+            apply_erasure(first, second, 1.0)
+    parts = apply_erasure(without, both.without(["cat", "castle"]), 1.0)
+    one, two = noise_prediction(parts, pizza, 2.0), noise_prediction(whole, pizza, 2.0)
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
 def moved_at(model, patched, erased, alternative, sigma=5.0) -> float:

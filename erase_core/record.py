@@ -1,0 +1,143 @@
+"""What the record of an erasure holds, and what is amiss with one that was read from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+VERSION = "0.2.1"
+
+_NUMBER = (int, float)
+_TEXTS_WITH_DRIFT = [{"text": str, "drift": _NUMBER}]
+_MOVED = {"overall": _NUMBER}
+
+
+class _OrNone:
+    """Something that may be None."""
+
+    def __init__(self, shape: Any) -> None:
+        self.shape = shape
+
+
+# What is read of a record: types, of mappings the keys, of a list what each entry is.
+_SHAPE = {
+    "version": str,
+    "created": str,
+    "family": str,
+    "base": {"name": str, "fingerprint": [_NUMBER]},
+    "text_encoder": [_NUMBER],
+    "settings": {
+        "negative_prompts": [str],
+        "steps": int,
+        "stop_below": _NUMBER,
+        "eta": _NUMBER,
+        "guidance_scale": _NUMBER,
+        "resolution": int,
+    },
+    "form": str,
+    "concepts": [
+        {
+            "text": str,
+            "alternative": str,
+            "share_left": _NUMBER,
+            "keys_and_values_moved": _OrNone(_NUMBER),
+            "moved": _OrNone(_NUMBER),
+            "columns": _OrNone([int]),
+        }
+    ],
+    "matrices": int,
+    "rank": int,
+    "subspace": {"share_left": _NUMBER},
+    "protection": _NUMBER,
+    "measures": {
+        "moved_held_out": _OrNone(
+            {**_MOVED, "high": _NUMBER, "middle": _NUMBER, "low": _NUMBER, "erased_change": _NUMBER}
+        ),
+        "moved_sampled": _OrNone(_MOVED),
+        "drift_of": str,
+        "null_drift": _NUMBER,
+        "negative_prompts": _TEXTS_WITH_DRIFT,
+        "kept": [{"text": str, "exact": bool, "drift": _NUMBER}],
+        "unnamed": _TEXTS_WITH_DRIFT,
+        "unnamed_drift": _NUMBER,
+    },
+    "warnings": [str],
+    "losses": [_NUMBER],
+    "steps_done": int,
+    "converged": bool,
+    "complete": bool,
+    "stopped_early": bool,
+    "forward_equivalents": int,
+    "seconds": _NUMBER,
+}
+
+
+def record_problem(record: Any, rank: int) -> str:
+    """What keeps a record from being used, and what to do about it; "" if nothing does.
+
+    Args:
+        record: what a file gave.
+        rank: columns of the erasure's widest R.
+    """
+    amiss = list(_amiss(record, _SHAPE, "")) or list(_amiss_together(record, rank))
+    if not amiss:
+        return ""
+    what = f"lacks or has wrong: {', '.join(amiss[:3])}"
+    if len(amiss) > 3:
+        what += f" and {len(amiss) - 3} more"
+    version = record.get("version") if isinstance(record, Mapping) else None
+    if not isinstance(version, str):
+        return (
+            f"is damaged: its record names no version and {what}. Get the file again, or use it "
+            "in the host's own LoRA loader."
+        )
+    if version == VERSION:
+        return (
+            f"is damaged: its record, of this version {VERSION}, {what}. Get the file again, or "
+            "use it in the host's own LoRA loader."
+        )
+    return (
+        f"was written by version {version} of Concept Surgery and this is {VERSION}: its record "
+        f"{what}. Train the erasure again with this version, install that one, or use the file in "
+        "the host's own LoRA loader, which reads it as it is."
+    )
+
+
+def _amiss(value: Any, shape: Any, path: str) -> Iterator[str]:
+    """Paths at which a value isn't of a shape."""
+    if isinstance(shape, _OrNone):
+        if value is not None:
+            yield from _amiss(value, shape.shape, path)
+    elif isinstance(shape, Mapping) and isinstance(value, Mapping):
+        for key, inner in shape.items():
+            place = f"{path}.{key}" if path else key
+            if key in value:
+                yield from _amiss(value[key], inner, place)
+            else:
+                yield place
+    elif isinstance(shape, list) and isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _amiss(item, shape[0], f"{path}[{index}]")
+    elif isinstance(shape, Mapping | list) or not _is_of(value, shape):
+        yield path or "everything"
+
+
+def _is_of(value: Any, types: Any) -> bool:
+    return isinstance(value, types) and (types is bool or not isinstance(value, bool))
+
+
+def _amiss_together(record: Mapping[str, Any], rank: int) -> Iterator[str]:
+    """Paths at which values of the right shape don't fit each other."""
+    concepts, measures = record["concepts"], record["measures"]
+    sampled = measures["moved_held_out"] is not None
+    yield from _amiss(record.get("taken_out", []), [str], "taken_out")
+    if not concepts:
+        yield "concepts"
+    if sampled != (measures["moved_sampled"] is not None):
+        yield "measures.moved_sampled"
+    for index, concept in enumerate(concepts):
+        columns = concept["columns"]
+        if columns is not None and not (len(columns) == 2 and 0 <= columns[0] < columns[1] <= rank):
+            yield f"concepts[{index}].columns"
+        if concept["keys_and_values_moved"] is None and (not sampled or concept["moved"] is None):
+            yield f"concepts[{index}].keys_and_values_moved"
