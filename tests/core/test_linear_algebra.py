@@ -14,10 +14,10 @@ from concept_surgery.erase_core.denoiser import LowRankEdit
 from concept_surgery.erase_core.subspace import (
     KEEP_FLOOR,
     SubspaceError,
-    complement,
     exact_set,
     extend_basis,
     leakage,
+    remove_span,
 )
 from concept_surgery.erase_core.trainer import Ridge
 from hypothesis import given, settings
@@ -45,10 +45,14 @@ def test_basis_spans_what_it_was_given(first, second, seed):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 30), st.integers(0, 10_000))
-def test_complement_completes_the_basis(taken, seed):
+def test_what_is_left_beside_a_basis_is_orthogonal_to_it(taken, seed):
     basis = extend_basis(torch.zeros(WIDTH, 0, dtype=torch.float64), rows(taken + 1, seed))
-    whole = np.concatenate([basis.numpy(), complement(basis).numpy()], axis=1)
-    np.testing.assert_allclose(whole.T @ whole, np.eye(WIDTH), atol=1e-12)
+    some = rows(7, seed + 1).double() + 1e6 * basis[:, 0]
+    left = remove_span(some, basis)
+    assert leakage(basis, left) < 1e-12
+    inside = scipy.linalg.orth(basis.numpy())
+    expected = some.numpy() - some.numpy() @ inside @ inside.T
+    np.testing.assert_allclose(left, expected, atol=1e-7)
 
 
 def test_a_prompt_that_does_not_fit_is_approximate_and_the_rest_still_tried():
