@@ -205,16 +205,18 @@ def metric(matrices: Mapping[str, Tensor], moment: Tensor) -> Tensor:
     """``mean_m W^T W / tr(W M W^T)``, (width, width) float64 on the CPU.
 
     What a change of a token embedding does to keys and values, every matrix counting alike. At
-    most 32 matrices, spread over the names, stand for all.
+    most 32 matrices, spread over the names, stand for all; summed in float32.
     """
     names = sorted(matrices)
-    chosen = names[:: -(-len(names) // METRIC_MATRICES)]
-    total = torch.zeros_like(moment, dtype=torch.float64)
+    # Keys and values take turns in the names: an even step would leave one of them out.
+    chosen = names[:: -(-len(names) // METRIC_MATRICES) | 1]
+    moment = moment.float().flatten()
+    total = torch.zeros(len(moment))
     for name in chosen:
         weight = matrices[name].float()
-        gram = (weight.T @ weight).double().cpu()
-        total += gram / (gram * moment.double()).sum() / len(chosen)
-    return total
+        gram = (weight.T @ weight).cpu().flatten()
+        total.add_(gram, alpha=1 / (float(gram @ moment) * len(chosen)))
+    return total.unflatten(0, (-1, weight.shape[1])).double()
 
 
 def align_tokens(erased: Sequence[int], alternative: Sequence[int]) -> list[int]:

@@ -29,7 +29,7 @@ from .states import Sampling, States, Trajectories, draw_pairs, sample_states
 from .subspace import ExactSet, KeptPrompt, SubspaceError, exact_set
 from .trainer import Pool, Ridge, SurgeryTrainer, TrainingError
 
-VERSION = "0.2.0"
+VERSION = "0.2.1"
 
 # States on which a protection is tried, and the early stop is decided: few, since they are only
 # compared with each other.

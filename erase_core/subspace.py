@@ -145,4 +145,5 @@ def _checked(rows: Tensor) -> Tensor:
 
 
 def _shares_left(edits: Sequence[Tensor], basis: Tensor) -> list[float]:
-    return [float(remove_span(rows, basis).square().sum() / rows.square().sum()) for rows in edits]
+    taken = [float((rows @ basis).square().sum() / rows.square().sum()) for rows in edits]
+    return [max(0.0, 1 - share) for share in taken]
