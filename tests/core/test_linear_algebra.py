@@ -201,6 +201,27 @@ def test_the_search_for_directions_ends_at_the_dense_optimum(ridge, rank):
     np.testing.assert_allclose(found.basis.T @ found.basis, np.eye(rank), atol=1e-10)
 
 
+@pytest.mark.parametrize("decay", [0.2, 1.0, 2.0])
+def test_the_basis_is_orthogonal_to_rounding_whatever_the_embeddings_share(decay):
+    """All tokens share a part that is far larger than what tells them apart, as in CLIP."""
+    width = 256
+    generator = torch.Generator().manual_seed(7)
+    spread = torch.arange(1, width + 1) ** -decay
+    shared = 20 * torch.randn(1, width, generator=generator)
+    source, target, tokens, exact = (
+        torch.randn(n, width, generator=generator) * spread + shared for n in (200, 200, 900, 20)
+    )
+    basis = extend_basis(torch.zeros(width, 0, dtype=torch.float64), exact)
+    moment = tokens.double().T @ tokens.double() / len(tokens)
+    weights = {"w": torch.randn(300, width, generator=generator)}
+    problem = EditRegression([TokenEdit(source, target)], basis, moment, weights)
+    for ridge in (0.0, 0.03, 30.0):
+        found = problem.solve(ridge, 12)
+        assert leakage(found.basis, exact) < 1e-15
+        identity = np.eye(found.basis.shape[1])
+        np.testing.assert_allclose(found.basis.T @ found.basis, identity, atol=1e-12)
+
+
 def test_an_edit_of_one_direction_takes_one_column():
     case = Regression(5, 1, 4, 1.0)
     edit = TokenEdit(rows(1, 8).repeat(40, 1), rows(1, 9).repeat(40, 1))
