@@ -3,14 +3,18 @@
 ``python -m benchmarks.instant`` prints a table and writes ``results/instant.json``.
 
 Random matrices and random token embeddings with the spread of a text encoder's; ordinary language
-counts as encoded. Seconds are of this machine; everything runs on the CPU.
+counts as encoded. Seconds are of this machine; everything runs on the CPU. Wall seconds count what
+else the machine does meanwhile, CPU seconds only this process.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tools.pack import load_pack, use_host
 
@@ -53,27 +57,49 @@ def edits(count: int, width: int) -> tuple[list[TokenEdit], torch.Tensor]:
     return prompts, null
 
 
-def solve(rows: list[int], width: int, concepts: int) -> dict[str, float]:
+class Stages:
+    """Wall and CPU seconds by stage."""
+
+    def __init__(self) -> None:
+        self.wall: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.wall[name] = round(time.perf_counter() - wall, 2)
+        self.cpu[name] = round(time.process_time() - cpu, 2)
+
+
+def solve(rows: list[int], width: int, concepts: int) -> dict[str, Any]:
     """One instant erasure without its encoding: exact set, choice of the ridge, factors."""
     weights = matrices(rows, width)
     concept_edits, null = edits(concepts, width)
     words = torch.randn(20_000, width, generator=torch.Generator().manual_seed(2))
     moment = (words.T @ words / len(words)).double() + (null.T @ null / TOKENS).double()
-    began = time.perf_counter()
-    exact = exact_set([edit.change for edit in concept_edits], [null], [])
-    regression = EditRegression(concept_edits, exact.basis, moment, weights)
-    try:
-        next(strongest_that_moves(regression, RANK, None))
-        raise AssertionError("nothing is sampled, so nothing should be yielded")
-    except StopIteration as end:
-        choice = end.value
-    factors = choice.solution.factors(weights)
-    seconds = time.perf_counter() - began
+    stages = Stages()
+    with stages.stage("exact set"):
+        exact = exact_set([edit.change for edit in concept_edits], [null], [])
+    with stages.stage("regression"):
+        regression = EditRegression(concept_edits, exact.basis, moment, weights)
+    with stages.stage("choice"):
+        try:
+            next(strongest_that_moves(regression, RANK, None))
+            raise AssertionError("nothing is sampled, so nothing should be yielded")
+        except StopIteration as end:
+            choice = end.value
+    with stages.stage("factors"):
+        factors = choice.solution.factors(weights)
     columns = choice.solution.basis.shape[1]
     values = sum(factor.numel() + width * columns for factor in factors.values())
     return {
         "concepts": concepts,
-        "seconds": round(seconds, 2),
+        "seconds": round(sum(stages.wall.values()), 2),
+        "cpu_seconds": round(sum(stages.cpu.values()), 2),
+        "seconds_by_stage": stages.wall,
+        "cpu_seconds_by_stage": stages.cpu,
+        "ridge": choice.ridge,
         "columns": columns,
         "file_megabytes": round(4 * values / 2**20, 1),
         "keys_and_values_moved_least": round(min(choice.solution.moved), 3),
@@ -90,7 +116,9 @@ def main() -> None:
     result["SDXL"] = [solve(SDXL, 2048, concepts) for concepts in MANY[:1]]
     for model in ("SD1.5", "SDXL"):
         for line in result[model]:
-            print(model, line)
+            print(model)
+            for name, value in line.items():
+                print(f"  {name}: {value}")
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
 

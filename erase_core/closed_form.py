@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from .subspace import complement
+from .subspace import remove_span
 
 # More columns than this in all, and the file is larger than what it saves.
 MOST_COLUMNS = 640
@@ -24,8 +25,11 @@ MOST_COLUMNS = 640
 METRIC_MATRICES = 32
 # Directions that neither the prompts nor ordinary language use are kept from dividing by zero.
 FLOOR = 1e-6
-# Of the subspace iteration that finds the leading directions.
-OVERSAMPLING, ITERATIONS = 16, 12
+# Of the subspace iteration that finds the leading directions: it ends when a round adds less than
+# this share to what they weigh.
+OVERSAMPLING, MOST_ITERATIONS, LEAST_GROWTH = 16, 30, 1e-5
+# Directions of the space found that are smaller than this lie in the exact set.
+REAL_DIRECTION = 1e-6
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,11 @@ class EditRegression:
     each is solved in the presence of the others; the solution is a sum over the concepts, each
     with columns of its own, and one of them can be taken out of it again.
 
+    With P the projector beside the exact set, G the metric of keys and values and, for a concept,
+    ``cross = mean change (P source)^T`` and ``inner = P (sum_i S_i + ridge M) P`` (S the sources'
+    second moment), the solution is ``A R^T = cross inner^-1``, and the best of a rank holds the
+    directions r that are leading in ``cross^T G cross r = size * inner r``.
+
     Args:
         edits: the concepts' tokens.
         exact: orthonormal columns (width, m) that R must not see.
@@ -95,18 +104,26 @@ class EditRegression:
         moment: Tensor,
         matrices: Mapping[str, Tensor],
     ) -> None:
-        self._edits, self._moment = edits, moment.double()
-        self._free = complement(exact)
+        self._edits, self._exact, self._moment = edits, exact.double(), moment.double()
         self._metric = metric(matrices, self._moment)
-        seen = [edit.source.double() @ self._free for edit in edits]
-        self._cross = [
-            edit.change.T @ rows / len(rows) for edit, rows in zip(edits, seen, strict=True)
-        ]
-        self._sources = sum(rows.T @ rows / len(rows) for rows in seen)
-        self._protected = self._free.T @ self._moment @ self._free
-        self._protected.diagonal().add_(FLOOR * self._protected.diagonal().mean() + 1e-30)
-        self._values, self._vectors = _generalised_eigh(self._sources, self._protected)
-        self._distances = [_weighed_square(edit.change.float(), self._metric) for edit in edits]
+        self._protected = self._beside_exact(self._beside_exact(self._moment).T)
+        scale = float(self._protected.diagonal().mean()) + 1e-30
+        self._protected.diagonal().add_(FLOOR * scale)
+        # What R can't see is made regular, so that inner has a Cholesky factor.
+        self._sources = scale * self._exact @ self._exact.T
+        width = len(self._moment)
+        # By concept, in float32: what R is searched with, and what the figures are made of.
+        self._crosses = torch.empty(len(edits), width, width)
+        self._moments = torch.empty(len(edits), width, width)
+        self._distances = []
+        for index, edit in enumerate(edits):
+            seen, change = self._beside_exact(edit.source.double()), edit.change.float()
+            second = seen.T @ seen / len(seen)
+            self._sources += second
+            self._moments[index] = second
+            self._crosses[index] = change.T @ seen.float() / len(seen)
+            weighed = change @ self._metric.float()
+            self._distances.append(float((weighed * change).sum()) / len(change))
 
     def solve(self, ridge: float, rank: int) -> ClosedForm:
         """The best solution for a ridge.
@@ -115,93 +132,91 @@ class EditRegression:
             ridge: strength of the protection; 0 leaves ordinary language all but unprotected.
             rank: most columns for a concept; fewer when all would be more than 640.
         """
-        ridge = max(ridge, FLOOR)
         rank = max(1, min(rank, MOST_COLUMNS // len(self._edits)))
-        inner = self._sources + ridge * self._protected
-        weights = self._vectors / (self._values.clamp(min=0) + ridge).sqrt()  # inner^-1, halved
-        bases, mixings = [], []
-        for cross in self._cross:
-            leading = torch.linalg.qr(weights @ self._leading(cross, weights, rank)).Q
-            # The best A for this R: cross R (R^T inner R)^-1.
-            mixings.append(torch.linalg.solve(leading.T @ inner @ leading, (cross @ leading).T).T)
-            bases.append(self._free @ leading)
-        return self._account(bases, mixings)
+        inner = self._sources + max(ridge, FLOOR) * self._protected
+        spaces = self._search(inner, rank)
+        parts = [
+            self._best_within(edit, space.double(), inner, rank)
+            for edit, space in zip(self._edits, spaces, strict=True)
+        ]
+        return self._account(*zip(*parts, strict=True))
 
-    def _leading(self, cross: Tensor, weights: Tensor, rank: int) -> Tensor:
-        """Leading right singular vectors of ``G^(1/2) M inner^(1/2)``, (free, at most rank).
+    def _search(self, inner: Tensor, rank: int) -> Tensor:
+        """For each concept a space that holds its leading directions, (concepts, width, size).
 
-        By subspace iteration on its square, which needs thin products only.
+        Subspace iteration on ``L^-1 cross^T G cross L^-T`` with ``inner = L L^T``, until what the
+        leading directions weigh grows no more. It only has to find the space, so float32 will do.
         """
-
-        def square(vectors: Tensor) -> Tensor:
-            return weights.T @ (cross.T @ (self._metric @ (cross @ (weights @ vectors))))
-
-        size = min(rank + OVERSAMPLING, weights.shape[1])
+        width = len(inner)
+        root, identity = torch.linalg.cholesky(inner), torch.eye(width, dtype=inner.dtype)
+        whiten = torch.linalg.solve_triangular(root, identity, upper=False).float()
+        size = min(rank + OVERSAMPLING, width - self._exact.shape[1])
         generator = torch.Generator().manual_seed(0)
-        vectors = torch.randn(weights.shape[1], size, generator=generator, dtype=torch.float64)
-        for _ in range(ITERATIONS):
-            vectors = torch.linalg.qr(square(vectors)).Q
-        small = vectors.T @ square(vectors)
-        values, turns = torch.linalg.eigh((small + small.T) / 2)
-        real = int((values > values[-1] * 1e-12).sum())
-        return vectors @ turns[:, -min(rank, max(1, real)) :].flip(1)
+        start = torch.randn(len(self._crosses), width, size, generator=generator)
+        rows = torch.linalg.qr(start).Q.mT
+        weight = torch.zeros(len(rows))
+        for _ in range(MOST_ITERATIONS):
+            images = rows @ whiten @ self._crosses.mT
+            rows = images @ self._metric.float() @ self._crosses @ whiten.T
+            turned, triangles = torch.linalg.qr(rows.mT)
+            rows, before = turned.mT, weight
+            weight = torch.linalg.svdvals(triangles)[:, :rank].sum(dim=1)
+            if bool((weight - before <= LEAST_GROWTH * weight).all()):
+                break
+        return (rows @ whiten).mT
 
-    def _account(self, bases: list[Tensor], mixings: list[Tensor]) -> ClosedForm:
+    def _best_within(
+        self, edit: TokenEdit, space: Tensor, inner: Tensor, rank: int
+    ) -> tuple[Tensor, Tensor]:
+        """R (width, at most rank) and A (width, same) of one concept, best within a space."""
+        space = self._beside_exact(space.T).T
+        sizes, turns = torch.linalg.eigh(space.T @ inner @ space)
+        real = sizes > sizes[-1] * REAL_DIRECTION
+        space = space @ (turns[:, real] / sizes[real].sqrt())  # now space^T inner space = 1
+        image = edit.change.T @ (edit.source.double() @ space) / len(edit.source)  # cross space
+        sizes, turns = torch.linalg.eigh(image.T @ self._metric @ image)
+        real = int((sizes > sizes[-1] * 1e-12).sum())
+        turns = turns[:, -min(rank, max(1, real)) :].flip(1)
+        # dW = W (cross r) r^T with r = space turns = R triangle.
+        basis, triangle = torch.linalg.qr(space @ turns)
+        return self._beside_exact(basis.T).T, image @ turns @ triangle.T
+
+    def _beside_exact(self, rows: Tensor) -> Tensor:
+        return remove_span(rows, self._exact)
+
+    def _account(self, bases: Sequence[Tensor], mixings: Sequence[Tensor]) -> ClosedForm:
         """What a solution does. In float32: the figures are for people."""
         basis, mixing = torch.cat(bases, dim=1), torch.cat(mixings, dim=1)
-        ends = [0]
-        for part in bases:
-            ends.append(ends[-1] + part.shape[1])
-        weighed = (self._metric @ mixing).float()
-        own = mixing.float().T @ weighed  # A^T G A
-        moved = []
-        for edit, before in zip(self._edits, self._distances, strict=True):
-            # |change - A z|^2 = |change|^2 - 2 <change, A z> + |A z|^2 with z = R^T source.
-            z = edit.source.float() @ basis.float()
-            along = ((edit.change.float().T @ z) * weighed).sum()
-            squared = ((z.T @ z) * own).sum()
-            moved.append(float(2 * along - squared) / before)
-        inner = basis.T @ self._moment @ basis
-        harm = float((own.double() * inner).sum())
-        distances = [
-            before / len(edit.source)
-            for edit, before in zip(self._edits, self._distances, strict=True)
-        ]
+        weighed = self._metric @ mixing
+        own = mixing.T @ weighed  # A^T G A
+        # mean |change - A R^T source|^2 in G is
+        # |change|^2 - 2 <G A R^T, cross> + <R A^T G A R^T, S>.
+        along = self._crosses.flatten(1) @ (weighed @ basis.T).float().flatten()
+        squared = self._moments.flatten(1) @ (basis @ own @ basis.T).float().flatten()
+        moved = (2 * along - squared) / torch.tensor(self._distances)
+        harm = float((own * (basis.T @ self._moment @ basis)).sum())
+        ends = [0, *accumulate(part.shape[1] for part in bases)]
         columns = list(zip(ends[:-1], ends[1:], strict=True))
-        return ClosedForm(basis, mixing, columns, moved, sum(distances) / len(distances), harm)
+        distance = sum(self._distances) / len(self._distances)
+        return ClosedForm(basis, mixing, columns, moved.tolist(), distance, harm)
 
 
 def metric(matrices: Mapping[str, Tensor], moment: Tensor) -> Tensor:
     """``mean_m W^T W / tr(W M W^T)``, (width, width) float64 on the CPU.
 
     What a change of a token embedding does to keys and values, every matrix counting alike. At
-    most 32 matrices, spread over the names, stand for all.
+    most 32 matrices, spread over the names, stand for all; summed in float32.
     """
     names = sorted(matrices)
-    chosen = names[:: -(-len(names) // METRIC_MATRICES)]
-    total = torch.zeros_like(moment, dtype=torch.float64)
+    # Keys and values take turns in the names: an even step would leave one of them out.
+    chosen = names[:: -(-len(names) // METRIC_MATRICES) | 1]
+    moment = moment.float().flatten()
+    total = torch.zeros(len(moment))
     for name in chosen:
         weight = matrices[name].float()
-        gram = (weight.T @ weight).double().cpu()
-        total += gram / (gram * moment.double()).sum() / len(chosen)
-    return total
-
-
-def _weighed_square(rows: Tensor, metric: Tensor) -> float:
-    """``sum |row|^2`` in a metric."""
-    return float(((rows @ metric.float()) * rows).sum())
-
-
-def _generalised_eigh(matrix: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and V with ``V^T positive V = 1`` and ``V^T matrix V = diag(values)``.
-
-    With it ``(matrix + ridge positive)^-1 = V diag(1 / (values + ridge)) V^T`` for every ridge.
-    """
-    root = torch.linalg.cholesky(positive)
-    half = torch.linalg.solve_triangular(root, matrix, upper=False)
-    both = torch.linalg.solve_triangular(root, half.T, upper=False)
-    values, vectors = torch.linalg.eigh((both + both.T) / 2)
-    return values, torch.linalg.solve_triangular(root.T, vectors, upper=True)
+        gram = (weight.T @ weight).cpu().flatten()
+        total.add_(gram, alpha=1 / (float(gram @ moment) * len(chosen)))
+    return total.unflatten(0, (-1, weight.shape[1])).double()
 
 
 def align_tokens(erased: Sequence[int], alternative: Sequence[int]) -> list[int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from .closed_form import ClosedForm, EditRegression
 
@@ -49,12 +51,16 @@ def strongest_that_moves(
         moves: a generator function that returns how far each concept goes, on the model's
             predictions; None where nothing is sampled.
     """
-    attainable = regression.solve(RIDGES[-1], rank).moved
+    solve = cache(lambda ridge: regression.solve(ridge, rank))
+    attainable = solve(RIDGES[-1]).moved
+    # The weaker the ridge, the more moves: the first that is enough is found by bisection.
+    weakest = len(RIDGES) - 1
+    first = bisect_left(
+        RIDGES, True, hi=weakest, key=lambda ridge: _enough(solve(ridge), attainable)
+    )
     best = None
-    for ridge in RIDGES:
-        solution = regression.solve(ridge, rank)
-        if ridge != RIDGES[-1] and best is None and not _enough(solution, attainable):
-            continue
+    for ridge in RIDGES[first:]:
+        solution = solve(ridge)
         if moves is None:
             return Choice(solution, ridge, solution.moved)
         moved = yield from moves(solution)

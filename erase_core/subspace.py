@@ -100,14 +100,6 @@ def exact_set(
     return ExactSet(basis, shares, kept)
 
 
-def complement(basis: Tensor) -> Tensor:
-    """Orthonormal columns (width, width - m) that complete ``basis`` (width, m), float64."""
-    width, taken = basis.shape
-    full = torch.linalg.qr(basis, mode="complete").Q
-    free = full[:, taken:]
-    return torch.linalg.qr(_remove(free.T, basis).T).Q if taken < width else free
-
-
 def extend_basis(basis: Tensor, rows: Tensor) -> Tensor:
     """Orthonormal columns (width, m) that span ``basis`` and every row of ``rows`` (n, width).
 
@@ -115,11 +107,18 @@ def extend_basis(basis: Tensor, rows: Tensor) -> Tensor:
     real embeddings leaks a hundredth of the prompt.
     """
     rows = rows.double().cpu()
-    rest = _remove(rows, basis)
+    rest = remove_span(rows, basis)
     _, sizes, directions = torch.linalg.svd(rest, full_matrices=False)
     rounding = max(rows.shape) * torch.finfo(torch.float64).eps * rows.norm(dim=1).max()
     fresh = directions[sizes > rounding]
-    return torch.linalg.qr(torch.cat([basis, _remove(fresh, basis).T], dim=1)).Q
+    return torch.linalg.qr(torch.cat([basis, remove_span(fresh, basis).T], dim=1)).Q
+
+
+def remove_span(rows: Tensor, basis: Tensor) -> Tensor:
+    """Rows without their part in the span of ``basis``; twice, since once leaves rounding."""
+    for _ in range(2):
+        rows = rows - (rows @ basis) @ basis.T
+    return rows
 
 
 def leakage(basis: Tensor, tokens: Tensor) -> float:
@@ -146,11 +145,5 @@ def _checked(rows: Tensor) -> Tensor:
 
 
 def _shares_left(edits: Sequence[Tensor], basis: Tensor) -> list[float]:
-    return [float(_remove(rows, basis).square().sum() / rows.square().sum()) for rows in edits]
-
-
-def _remove(rows: Tensor, basis: Tensor) -> Tensor:
-    """Rows without their part in the span of ``basis``; twice, since once leaves rounding."""
-    for _ in range(2):
-        rows = rows - (rows @ basis) @ basis.T
-    return rows
+    taken = [float((rows @ basis).square().sum() / rows.square().sum()) for rows in edits]
+    return [max(0.0, 1 - share) for share in taken]

@@ -15,12 +15,14 @@ from concept_surgery.erase_core import (
     report_text,
 )
 from concept_surgery.erase_core.denoiser import stack_tokens
+from concept_surgery.erase_core.engine import LEAST_MOVED
 from concept_surgery.erase_core.language import (
     encode_language,
     naming,
     plain_captions,
     spread,
 )
+from concept_surgery.erase_core.subspace import SubspaceError
 
 from .toy import ToyDenoiser
 
@@ -103,6 +105,19 @@ def test_a_model_that_ignores_the_prompt_has_nothing_to_erase():
     toy.out.weight.zero_()
     with pytest.raises(TrainingError, match="no guidance to change"):
         run(toy)
+
+
+def test_more_concepts_than_the_embeddings_have_room_for_are_refused_by_name():
+    def many(count):
+        concepts = "\n".join(f"thing{i} => other{i}" for i in range(count))
+        return list(
+            erase(preset_settings("instant", concepts=concepts, captions=40), ToyDenoiser())
+        )
+
+    record = many(24)[-1].erasure.record
+    assert min(c["keys_and_values_moved"] for c in record["concepts"]) >= LEAST_MOVED
+    with pytest.raises(SubspaceError, match=r"of 'thing\d+' can be moved .* Erase fewer concepts"):
+        many(80)
 
 
 def test_an_erasure_survives_its_file(tmp_path):

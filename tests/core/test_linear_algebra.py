@@ -5,19 +5,26 @@ import pytest
 import scipy.linalg
 import torch
 from concept_surgery.erase_core.closed_form import (
+    FLOOR,
     MOST_COLUMNS,
     EditRegression,
     TokenEdit,
     align_tokens,
+    metric,
 )
 from concept_surgery.erase_core.denoiser import LowRankEdit
+from concept_surgery.erase_core.protection import (
+    RIDGES,
+    SHARE_OF_ATTAINABLE,
+    strongest_that_moves,
+)
 from concept_surgery.erase_core.subspace import (
     KEEP_FLOOR,
     SubspaceError,
-    complement,
     exact_set,
     extend_basis,
     leakage,
+    remove_span,
 )
 from concept_surgery.erase_core.trainer import Ridge
 from hypothesis import given, settings
@@ -45,10 +52,14 @@ def test_basis_spans_what_it_was_given(first, second, seed):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 30), st.integers(0, 10_000))
-def test_complement_completes_the_basis(taken, seed):
+def test_what_is_left_beside_a_basis_is_orthogonal_to_it(taken, seed):
     basis = extend_basis(torch.zeros(WIDTH, 0, dtype=torch.float64), rows(taken + 1, seed))
-    whole = np.concatenate([basis.numpy(), complement(basis).numpy()], axis=1)
-    np.testing.assert_allclose(whole.T @ whole, np.eye(WIDTH), atol=1e-12)
+    some = rows(7, seed + 1).double() + 1e6 * basis[:, 0]
+    left = remove_span(some, basis)
+    assert leakage(basis, left) < 1e-12
+    inside = scipy.linalg.orth(basis.numpy())
+    expected = some.numpy() - some.numpy() @ inside @ inside.T
+    np.testing.assert_allclose(left, expected, atol=1e-7)
 
 
 def test_a_prompt_that_does_not_fit_is_approximate_and_the_rest_still_tried():
@@ -155,6 +166,131 @@ def test_at_a_low_rank_it_is_the_best_of_that_rank(case, rank):
         assert missed == pytest.approx(
             (sizes[rank:] ** 2).sum(), rel=1e-2, abs=1e-5 * (sizes**2).sum()
         )
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.03, 30.0])
+@pytest.mark.parametrize("rank", [2, 12])
+def test_the_search_for_directions_ends_at_the_dense_optimum(ridge, rank):
+    """A wide problem whose singular values fall slowly, and more directions than are searched."""
+    width, count = 256, 200
+    generator = torch.Generator().manual_seed(7)
+    spread = torch.arange(1, width + 1) ** -0.2
+    source, target, tokens, weight, exact = (
+        torch.randn(n, width, generator=generator) * spread for n in (count, count, 900, 300, 20)
+    )
+    moment = tokens.double().T @ tokens.double() / len(tokens)
+    basis = extend_basis(torch.zeros(width, 0, dtype=torch.float64), exact)
+    edit = TokenEdit(source, target)
+    found = EditRegression([edit], basis, moment, {"w": weight}).solve(ridge, rank)
+    seen = source.double().numpy()
+    inner = seen.T @ seen / count + max(ridge, FLOOR) * moment.numpy()
+    free, w = scipy.linalg.null_space(exact.double().numpy()), weight.double().numpy()
+    root = scipy.linalg.cholesky(free.T @ inner @ free, lower=True)
+    cross = edit.change.numpy().T @ seen / count
+    whitened = w @ cross @ scipy.linalg.solve_triangular(root, free.T, lower=True).T
+    sizes = scipy.linalg.svdvals(whitened) ** 2
+
+    def missed(matrix: np.ndarray) -> float:
+        """What is minimised, less what doesn't depend on the solution."""
+        return np.trace(w @ matrix @ inner @ matrix.T @ w.T - 2 * w @ cross @ matrix.T @ w.T)
+
+    reached = -missed((found.mixing @ found.basis.T).numpy())
+    assert sizes[:rank].sum() * 0.999 <= reached <= sizes[:rank].sum() * 1.000001
+    assert sizes[:rank].sum() < 0.9 * sizes.sum()
+    assert found.basis.shape == (width, rank) and leakage(found.basis, exact) < 1e-12
+    np.testing.assert_allclose(found.basis.T @ found.basis, np.eye(rank), atol=1e-10)
+
+
+@pytest.mark.parametrize("decay", [0.2, 1.0, 2.0])
+def test_the_basis_is_orthogonal_to_rounding_whatever_the_embeddings_share(decay):
+    """All tokens share a part that is far larger than what tells them apart, as in CLIP."""
+    width = 256
+    generator = torch.Generator().manual_seed(7)
+    spread = torch.arange(1, width + 1) ** -decay
+    shared = 20 * torch.randn(1, width, generator=generator)
+    source, target, tokens, exact = (
+        torch.randn(n, width, generator=generator) * spread + shared for n in (200, 200, 900, 20)
+    )
+    basis = extend_basis(torch.zeros(width, 0, dtype=torch.float64), exact)
+    moment = tokens.double().T @ tokens.double() / len(tokens)
+    weights = {"w": torch.randn(300, width, generator=generator)}
+    problem = EditRegression([TokenEdit(source, target)], basis, moment, weights)
+    for ridge in (0.0, 0.03, 30.0):
+        found = problem.solve(ridge, 12)
+        assert leakage(found.basis, exact) < 1e-15
+        identity = np.eye(found.basis.shape[1])
+        np.testing.assert_allclose(found.basis.T @ found.basis, identity, atol=1e-12)
+
+
+def test_an_edit_of_one_direction_takes_one_column():
+    case = Regression(5, 1, 4, 1.0)
+    edit = TokenEdit(rows(1, 8).repeat(40, 1), rows(1, 9).repeat(40, 1))
+    found = EditRegression([edit], case.basis, case.moment, case.weights).solve(1.0, 8)
+    assert found.basis.shape == (WIDTH, 1) and leakage(found.basis, case.exact) < 1e-12
+    assert 0.5 < found.moved[0] <= 1
+
+
+def test_an_edit_that_the_exact_set_hides_moves_nothing():
+    case = Regression(5, 1, 4, 1.0)
+    edit = TokenEdit(case.exact, rows(4, 9))
+    found = EditRegression([edit], case.basis, case.moment, case.weights).solve(1.0, 8)
+    assert abs(found.moved[0]) < 1e-6 and found.harm < 1e-6
+    assert leakage(found.basis, case.exact) < 1e-12
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 5000), st.integers(1, 4))
+def test_the_ridge_chosen_is_the_strongest_that_is_enough(seed, concepts):
+    problem, solved = Regression(seed, concepts, 4, 1.0).problem, []
+
+    class Counted:
+        def solve(self, ridge, rank):
+            solved.append(ridge)
+            return problem.solve(ridge, rank)
+
+    with pytest.raises(StopIteration) as end:
+        next(strongest_that_moves(Counted(), 4, None))
+    moved = [problem.solve(ridge, 4).moved for ridge in RIDGES]
+    enough = [
+        all(m >= SHARE_OF_ATTAINABLE * most for m, most in zip(some, moved[-1], strict=True))
+        for some in moved
+    ]
+    assert end.value.value.ridge == RIDGES[enough.index(True)]
+    assert len(solved) == len(set(solved)) <= 4
+
+
+@pytest.mark.parametrize(
+    "guidance, tried, chosen",
+    [([0.95], 1, 0), ([0.5, 0.7, 0.93], 3, 2), ([0.5, 0.7, 0.705], 3, 1)],
+)
+def test_weaker_ridges_are_tried_while_the_guidance_is_short_and_gains(guidance, tried, chosen):
+    problem, evaluated = Regression(3, 1, 4, 1.0).problem, []
+
+    def moves(solution):
+        yield 12
+        evaluated.append(solution)
+        return [guidance[len(evaluated) - 1]]
+
+    stage = strongest_that_moves(problem, 4, moves)
+    images = []
+    with pytest.raises(StopIteration) as end:
+        while True:
+            images.append(next(stage))
+    choice = end.value.value
+    assert images == [12] * tried and len(evaluated) == tried
+    assert choice.solution is evaluated[chosen] and choice.moved == [guidance[chosen]]
+    harms = [solution.harm for solution in evaluated]
+    assert harms == sorted(harms)
+
+
+def test_keys_and_values_both_count_in_the_metric_of_many_matrices():
+    """Names alternate between the two; those that stand for all must not be of one kind."""
+    names = [f"m{i:02}_attn2_to_{kind}" for i in range(25) for kind in "kv"]
+    key, value = torch.zeros(2, WIDTH), torch.zeros(2, WIDTH)
+    key[:, 0] = value[:, 1] = 1.0
+    matrices = {name: key if name.endswith("k") else value for name in names}
+    found = metric(matrices, torch.eye(WIDTH, dtype=torch.float64))
+    assert 0.4 < found[0, 0] < 0.6 and 0.4 < found[1, 1] < 0.6
 
 
 @settings(max_examples=15, deadline=None)
