@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from itertools import accumulate
 
 import torch
@@ -115,15 +114,18 @@ class EditRegression:
         # By concept, in float32: what R is searched with, and what the figures are made of.
         self._crosses = torch.empty(len(edits), width, width)
         self._moments = torch.empty(len(edits), width, width)
-        self._distances = []
+        self._distances = torch.empty(len(edits))
         for index, edit in enumerate(edits):
-            seen, change = self._beside_exact(edit.source.double()), edit.change.float()
-            second = seen.T @ seen / len(seen)
-            self._sources += second
-            self._moments[index] = second
-            self._crosses[index] = change.T @ seen.float() / len(seen)
-            weighed = change @ self._metric.float()
-            self._distances.append(float((weighed * change).sum()) / len(change))
+            self._take_in(index, edit)
+
+    def _take_in(self, index: int, edit: TokenEdit) -> None:
+        """Add a concept's second moment to the system, and keep what is needed of it alone."""
+        seen, change = self._beside_exact(edit.source.double()), edit.change.float()
+        second = seen.T @ seen / len(seen)
+        self._sources += second
+        self._moments[index] = second
+        self._crosses[index] = change.T @ seen.float() / len(seen)
+        self._distances[index] = ((change @ self._metric.float()) * change).sum() / len(change)
 
     def solve(self, ridge: float, rank: int) -> ClosedForm:
         """The best solution for a ridge.
@@ -171,8 +173,8 @@ class EditRegression:
         """R (width, at most rank) and A (width, same) of one concept, best within a space."""
         space = self._beside_exact(space.T).T
         sizes, turns = torch.linalg.eigh(space.T @ inner @ space)
-        real = sizes > sizes[-1] * REAL_DIRECTION
-        space = space @ (turns[:, real] / sizes[real].sqrt())  # now space^T inner space = 1
+        beside = sizes > sizes[-1] * REAL_DIRECTION
+        space = space @ (turns[:, beside] / sizes[beside].sqrt())  # now space^T inner space = 1
         image = edit.change.T @ (edit.source.double() @ space) / len(edit.source)  # cross space
         sizes, turns = torch.linalg.eigh(image.T @ self._metric @ image)
         real = int((sizes > sizes[-1] * 1e-12).sum())
@@ -185,7 +187,7 @@ class EditRegression:
         return remove_span(rows, self._exact)
 
     def _account(self, bases: Sequence[Tensor], mixings: Sequence[Tensor]) -> ClosedForm:
-        """What a solution does. In float32: the figures are for people."""
+        """What a solution does. Moved is in float32: the figures are for people."""
         basis, mixing = torch.cat(bases, dim=1), torch.cat(mixings, dim=1)
         weighed = self._metric @ mixing
         own = mixing.T @ weighed  # A^T G A
@@ -193,11 +195,11 @@ class EditRegression:
         # |change|^2 - 2 <G A R^T, cross> + <R A^T G A R^T, S>.
         along = self._crosses.flatten(1) @ (weighed @ basis.T).float().flatten()
         squared = self._moments.flatten(1) @ (basis @ own @ basis.T).float().flatten()
-        moved = (2 * along - squared) / torch.tensor(self._distances)
+        moved = (2 * along - squared) / self._distances
         harm = float((own * (basis.T @ self._moment @ basis)).sum())
         ends = [0, *accumulate(part.shape[1] for part in bases)]
         columns = list(zip(ends[:-1], ends[1:], strict=True))
-        distance = sum(self._distances) / len(self._distances)
+        distance = float(self._distances.mean())
         return ClosedForm(basis, mixing, columns, moved.tolist(), distance, harm)
 
 
@@ -217,40 +219,3 @@ def metric(matrices: Mapping[str, Tensor], moment: Tensor) -> Tensor:
         gram = (weight.T @ weight).cpu().flatten()
         total.add_(gram, alpha=1 / (float(gram @ moment) * len(chosen)))
     return total.unflatten(0, (-1, weight.shape[1])).double()
-
-
-def align_tokens(erased: Sequence[int], alternative: Sequence[int]) -> list[int]:
-    """For each token of a prompt, the token that plays its role in the alternative prompt.
-
-    Equal words stand for each other; the last token of a replaced part for the last of its
-    replacement, and so on backwards; a part that is left out becomes the end of the prompt; end
-    and padding tokens stand for their own kind at the same distance from the last word.
-
-    Args:
-        erased, alternative: token ids with start, end and padding tokens.
-
-    Returns:
-        Positions in ``alternative``, one for each token of ``erased``.
-    """
-    end, other_end = _content_length(erased), _content_length(alternative)
-    roles = [0] * len(erased)
-    matcher = SequenceMatcher(None, erased[:end], alternative[:other_end], autojunk=False)
-    for kind, start, stop, other_start, other_stop in matcher.get_opcodes():
-        for position in range(start, stop):
-            if kind == "equal":
-                roles[position] = other_start + position - start
-            elif kind == "replace":
-                roles[position] = max(other_start, other_stop - (stop - position))
-            else:
-                roles[position] = other_end
-    for position in range(end, len(erased)):
-        roles[position] = min(other_end + position - end, len(alternative) - 1)
-    return roles
-
-
-def _content_length(ids: Sequence[int]) -> int:
-    """Tokens before the run of equal ids (end and padding) that closes a prompt."""
-    length = len(ids)
-    while length > 1 and ids[length - 2] == ids[-1]:
-        length -= 1
-    return length - 1

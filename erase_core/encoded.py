@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .closed_form import TokenEdit, align_tokens
+from .alignment import align_tokens
+from .closed_form import TokenEdit
 from .denoiser import Denoiser
 from .prompts import PromptPair, prompt_pairs
 from .settings import EraseSettings

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from concept_surgery.erase_core.alignment import align_tokens
 from concept_surgery.erase_core.closed_form import (
     FLOOR,
     MOST_COLUMNS,
     EditRegression,
     TokenEdit,
-    align_tokens,
     metric,
 )
 from concept_surgery.erase_core.denoiser import LowRankEdit

@@ -1,0 +1,43 @@
+"""Which token of a prompt plays which role in another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+
+
+def align_tokens(erased: Sequence[int], alternative: Sequence[int]) -> list[int]:
+    """For each token of a prompt, the token that plays its role in the alternative prompt.
+
+    Equal words stand for each other; the last token of a replaced part for the last of its
+    replacement, and so on backwards; a part that is left out becomes the end of the prompt; end
+    and padding tokens stand for their own kind at the same distance from the last word.
+
+    Args:
+        erased, alternative: token ids with start, end and padding tokens.
+
+    Returns:
+        Positions in ``alternative``, one for each token of ``erased``.
+    """
+    end, other_end = _content_length(erased), _content_length(alternative)
+    roles = [0] * len(erased)
+    matcher = SequenceMatcher(None, erased[:end], alternative[:other_end], autojunk=False)
+    for kind, start, stop, other_start, other_stop in matcher.get_opcodes():
+        for position in range(start, stop):
+            if kind == "equal":
+                roles[position] = other_start + position - start
+            elif kind == "replace":
+                roles[position] = max(other_start, other_stop - (stop - position))
+            else:
+                roles[position] = other_end
+    for position in range(end, len(erased)):
+        roles[position] = min(other_end + position - end, len(alternative) - 1)
+    return roles
+
+
+def _content_length(ids: Sequence[int]) -> int:
+    """Tokens before the run of equal ids (end and padding) that closes a prompt."""
+    length = len(ids)
+    while length > 1 and ids[length - 2] == ids[-1]:
+        length -= 1
+    return length - 1
