@@ -33,15 +33,21 @@ from safetensors.torch import save_file
 from tools.checkpoint import build_checkpoint
 from tools.environment import BUILD
 
+from .encoder import RememberingClip
+
 KEEP = ("tiger", "a red car", "a house", "a boat", "an old man", "a tree", "pizza", "a castle")
 QUICK = {"steps": 4, "trajectories": 4, "sampling_steps": 4, "captions": 24, "resolution": 64}
+# As many steps and states as the preset says, which are what its budget and its bounds are about;
+# of small pictures, which cost less than half.
+PRESET = {"steps": None, "trajectories": None, "sampling_steps": None}
+PRESET |= {"captions": 64, "resolution": 32}
 
 
 @pytest.fixture(scope="session")
 def loaded(checkpoint):
     with torch.inference_mode():  # as the host loads, inside its executor
         model, clip, _ = comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
-    return model, clip
+    return model, RememberingClip(clip)
 
 
 @pytest.fixture(scope="session")
@@ -123,8 +129,7 @@ def test_exact_prompts_do_not_move_and_the_rest_is_reported(loaded, store, count
     ids=["alternative", "removed", "style"],
 )
 def test_balanced_moves_the_guidance_within_its_budget(loaded, store, values):
-    settings = {"captions": 64, "steps": None, "trajectories": None, "sampling_steps": None}
-    record = train(loaded, store, **settings, **values).erasure.record
+    record = train(loaded, store, **PRESET, **values).erasure.record
     measures = record["measures"]
     assert measures["moved_held_out"]["overall"] >= 0.90
     assert measures["moved_sampled"]["overall"] >= 0.80
@@ -150,9 +155,8 @@ def test_instant_moves_the_guidance_without_sampling(loaded, store):
 @pytest.mark.parametrize("layers", ["key-value", "cross-attention", "transformer"])
 def test_soft_form_holds_by_penalty_within_its_budget(loaded, store, layers):
     """Squared drifts of the null prompt and of four keep prompts at most 5 % of the change."""
-    settings = {"captions": 64, "steps": None, "trajectories": None, "sampling_steps": None}
-    settings |= {"form": "soft", "layers": layers, "keep": KEEP[:4], "concepts": "cat => dog"}
-    result = train(loaded, store, **settings)
+    settings = {"form": "soft", "layers": layers, "keep": KEEP[:4], "concepts": "cat => dog"}
+    result = train(loaded, store, **PRESET, **settings)
     record = result.erasure.record
     measures = record["measures"]
     assert measures["moved_held_out"]["overall"] >= 0.90
