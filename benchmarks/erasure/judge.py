@@ -1,0 +1,75 @@
+"""The judge of pictures: which object, which style, and whether it is a picture at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.emoji.autoencoder import to_input
+from benchmarks.emoji.classifier import PATH, Classifier, load_classifier
+from benchmarks.emoji.data import SIZE, training_pictures
+from benchmarks.emoji.words import OBJECT_NAMES, STYLE_NAMES
+from benchmarks.erasure.metrics import inside_manifold, neighbourhood_radii
+
+NEIGHBOURS = 5
+VARIANTS = 3  # of each real picture in the manifold
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What the judge says of n pictures.
+
+    Attributes:
+        names, styles: what it takes them for.
+        features: (n, 128).
+    """
+
+    names: list[str]
+    styles: list[str]
+    features: np.ndarray
+
+
+class Judge:
+    """The classifier, and the real pictures' features as the manifold of what can be drawn."""
+
+    def __init__(self, model: Classifier, real: np.ndarray) -> None:
+        self._model = model
+        self._real = real
+
+    @classmethod
+    def of(cls, decode_again, folder: Path) -> Judge:
+        """The trained classifier with real pictures as the model's autoencoder draws them.
+
+        Args:
+            decode_again: pictures uint8 (n, 64, 64, 3) to the same, encoded and decoded.
+            folder: where their features are kept.
+        """
+        model, kept = load_classifier(PATH), folder / f"real-{VARIANTS}.npy"
+        if not kept.exists():
+            pages = training_pictures(VARIANTS, seed=11).reshape(-1, SIZE, SIZE, 3)
+            folder.mkdir(parents=True, exist_ok=True)
+            np.save(kept, cls(model, np.zeros((2, 1))).judge(decode_again(pages)).features)
+        return cls(model, np.load(kept))
+
+    @torch.no_grad()
+    def judge(self, pages: np.ndarray) -> Verdicts:
+        """Verdicts on pictures uint8 (n, 64, 64, 3)."""
+        names, styles, features = [], [], []
+        for part in np.array_split(pages, -(-len(pages) // 64)):
+            found = self._model.features(to_input(part, torch.device("cpu")))
+            names += [OBJECT_NAMES[n] for n in self._model.name(found).argmax(1).tolist()]
+            styles += [STYLE_NAMES[n] for n in self._model.style(found).argmax(1).tolist()]
+            features.append(found.numpy())
+        return Verdicts(names, styles, np.concatenate(features))
+
+    @cached_property
+    def _radii(self) -> np.ndarray:
+        return neighbourhood_radii(self._real, NEIGHBOURS)
+
+    def intact(self, features: np.ndarray) -> np.ndarray:
+        """Which pictures are like real ones, bool (n,)."""
+        return inside_manifold(features, self._real, self._radii)

@@ -1,0 +1,246 @@
+"""The benchmark of ``benchmarks/erasure``: its measures, its cache, its lists, the closed forms."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from concept_surgery.erase_core.prompts import prompt_pairs
+from concept_surgery.erase_core.settings import EraseSettings
+
+from benchmarks.emoji.words import LEFT_OUT_PAIRS, OBJECT_NAMES, STYLE_NAMES
+from benchmarks.erasure import metrics
+from benchmarks.erasure.cases import MOST_KEPT, OTHERS, REPORTED, TUNED, Case
+from benchmarks.erasure.methods import speed, uce
+from benchmarks.erasure.methods.base import Lora, last_subject_token, whole_matrices
+from benchmarks.erasure.results import Cache, digest
+from benchmarks.erasure.tuned import choose
+
+from .toy import ToyDenoiser
+
+EVERY = (*TUNED, *REPORTED)
+
+
+def _settings(case: Case) -> EraseSettings:
+    return EraseSettings(case.text, keep=case.keep, kind=case.kind)
+
+
+def test_what_is_tuned_on_is_never_reported() -> None:
+    tuned, reported = (
+        {word for case in cases for word in case.erased} for cases in (TUNED, REPORTED)
+    )
+    assert not tuned & reported
+    objects = [
+        {word for case in cases if case.kind == "object" for word in _words(case)}
+        for cases in (TUNED, REPORTED)
+    ]
+    assert not objects[0] & objects[1]
+    assert len(TUNED) == 6 and len(REPORTED) >= 10
+
+
+def _words(case: Case) -> set[str]:
+    return {w for c in case.concepts for w in (c.text, c.alternative) if w}
+
+
+@pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
+def test_a_case_asks_for_what_the_run_never_saw(case: Case) -> None:
+    trained = {
+        text for pair in prompt_pairs(_settings(case)) for text in (pair.erased, pair.alternative)
+    }
+    asked = [question for question in case.questions if question.group != "kept"]
+    assert not trained & {question.text for question in asked}
+    assert not set(case.keep) & {question.text for question in asked}
+    assert len(case.keep) <= MOST_KEPT
+    assert _words(case) <= {*OBJECT_NAMES, *STYLE_NAMES}
+    said = set(" ".join([*trained, *case.keep]).replace(",", " ").split())
+    for question in asked:
+        if question.concept is None:
+            assert question.name not in said
+        if question.group == OTHERS and case.kind == "style":
+            assert question.style not in said
+        if question.group == "left out":
+            assert (question.name, question.style) in LEFT_OUT_PAIRS
+    concepts = {question.concept for question in asked if question.group == "erased"}
+    assert concepts == set(range(len(case.concepts)))
+
+
+def test_precision_of_a_hand_made_manifold() -> None:
+    real = np.array([[0.0], [1.0], [3.0], [10.0]])
+    assert metrics.neighbourhood_radii(real, 1).tolist() == [1, 1, 2, 7]
+    assert metrics.neighbourhood_radii(real, 2).tolist() == [3, 2, 3, 9]
+    radii = metrics.neighbourhood_radii(real[:3], 1)
+    asked = np.array([[-0.9], [-1.1], [4.9], [5.1], [0.5]])
+    assert metrics.inside_manifold(asked, real[:3], radii).tolist() == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
+
+
+def _verdicts(**values):
+    count = len(values["name"])
+    rows = {
+        "style": [None] * count,
+        "gone": [None] * count,
+        "replaced": [None] * count,
+        "intact": [True] * count,
+        "change": [0.1] * count,
+    }
+    rows |= values
+    before = {f"{k}_before": v for k, v in rows.items() if k in ("name", "style", "gone", "intact")}
+    return {**before, **rows} | {k: v for k, v in values.items() if k.endswith("_before")}
+
+
+def test_measures_of_a_hand_made_run() -> None:
+    yes, no = True, False
+    groups = {
+        "erased": _verdicts(
+            name=[no, no, yes, no],
+            name_before=[yes, yes, yes, yes],
+            style=[yes, None, no, yes],
+            style_before=[yes, None, yes, yes],
+            gone=[yes, yes, no, yes],
+            gone_before=[no, no, no, no],
+            replaced=[yes, no, no, yes],
+            intact=[yes, yes, yes, no],
+        ),
+        "others": _verdicts(
+            name=[yes, no, yes, no],
+            name_before=[yes, yes, yes, no],
+            style=[None, yes, no, yes],
+            style_before=[None, yes, yes, no],
+            change=[0.0, 0.1, 0.2, 0.3],
+        ),
+        "left out": _verdicts(
+            name=[yes, yes], name_before=[yes, yes], style=[yes, no], style_before=[yes, yes]
+        ),
+    }
+    found = metrics.measures(groups, "object")
+    assert found["UA"] == 0.75 and found["UA_intact"] == 0.5 and found["intact"] == 0.75
+    assert found["UA_before"] == 0 and found["replaced"] == 0.5
+    assert found["IRA"] == pytest.approx(2 / 3)  # 2 of 4 right, 3 of 4 before
+    assert found["CRA"] == pytest.approx(1.0)  # 2 of 3 right, 2 of 3 before
+    assert found["crossing"] == pytest.approx(2 / 3)
+    assert found["others_change"] == pytest.approx(0.15)
+    assert found["left_out_right"] == 0.5
+    assert found["H"] == pytest.approx(3 / (1 / 0.5 + 3 / 2 + 1))
+    style = metrics.measures(groups, "style")
+    assert style["IRA"] == found["CRA"] and style["CRA"] == found["IRA"]
+
+
+def test_harmonic_mean_lets_nothing_make_up_for_a_loss() -> None:
+    assert metrics.harmonic_mean([1.0, 0.0, 1.0]) == 0
+    assert metrics.harmonic_mean([0.5, 2.0]) == pytest.approx(2 / 3)
+
+
+def test_bootstrap_draws_erasures_not_pictures() -> None:
+    """Many runs of one erasure say nothing about others: the interval spans both erasures."""
+    value, low, high = metrics.bootstrap([[0.0] * 50, [1.0] * 50])
+    assert (value, low, high) == (0.5, 0.0, 1.0)
+    assert metrics.bootstrap([[0.4], [0.4], [0.4]]) == pytest.approx((0.4, 0.4, 0.4))
+    with pytest.raises(ValueError, match="at least one"):
+        metrics.bootstrap([[]])
+
+
+def test_the_cache_resumes_and_tells_settings_apart(tmp_path) -> None:
+    path = tmp_path / "lines.jsonl"
+    of = {"model": "m", "settings": {"rate": 1, "steps": 2}, "seed": 0}
+    Cache(path).add(of, {"measures": {"UA": 1.0}})
+    again = Cache(path)
+    assert len(again) == 1
+    assert (
+        again.get({"seed": 0, "settings": {"steps": 2, "rate": 1}, "model": "m"})["measures"]["UA"]
+        == 1
+    )
+    assert again.get({**of, "seed": 1}) is None
+    assert again.get({**of, "settings": {"rate": 2, "steps": 2}}) is None
+
+
+def test_the_cache_takes_up_after_a_line_that_was_cut_off(tmp_path) -> None:
+    path = tmp_path / "lines.jsonl"
+    Cache(path).add({"model": "m", "seed": 0}, {})
+    whole = path.read_text()
+    path.write_text(whole + whole[: len(whole) // 2])
+    cache = Cache(path)
+    assert len(cache) == 1
+    cache.add({"model": "n", "seed": 1}, {})
+    assert len(Cache(path)) == 2
+    assert Cache(path).keep_only("n") == 1
+    assert [line["of"]["model"] for line in Cache(path)] == ["n"]
+
+
+def test_the_cache_refuses_a_line_that_was_edited(tmp_path) -> None:
+    path = tmp_path / "lines.jsonl"
+    line = Cache(path).add({"model": "m", "settings": {"rate": 1}}, {})
+    line["of"]["settings"]["rate"] = 2
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match="edited"):
+        Cache(path)
+    assert digest(line["of"]) != line["key"]
+
+
+def test_uce_solves_its_normal_equations() -> None:
+    """The gradient of the stated objective is zero, for a matrix W, at W' = W M."""
+    torch.manual_seed(0)
+    rows = [torch.randn(n, 12, dtype=torch.float64) for n in (2, 2, 3)]
+    weight = torch.randn(5, 12, dtype=torch.float64)
+    new = (weight @ uce.solve(*rows, scale=0.7, ridge=0.5)).requires_grad_()
+    sources, targets, kept = rows
+    loss = 0.7 * (sources @ new.T - targets @ weight.T).square().sum()
+    loss = loss + (kept @ (new - weight).T).square().sum() + 0.5 * (new - weight).square().sum()
+    loss.backward()
+    assert new.grad.abs().max() < 1e-10
+    assert (new - weight).norm() > 0.1
+
+
+def test_uce_edits_through_the_denoiser_as_solved() -> None:
+    denoiser, case = ToyDenoiser(), Case("cat => dog", "object")
+    edit = uce.train(denoiser, case, 0, uce.PUBLISHED).edit
+    (cat,), (dog,) = denoiser.encode(["cat"]), denoiser.encode(["dog"])
+    assert last_subject_token(denoiser, "cat").tolist() == cat[1].double().tolist()
+    for name, weight in denoiser.matrices().items():
+        new = weight + edit.factors[name] @ edit.bases[name].T
+        before, after = ((w @ cat[1] - weight @ dog[1]).norm() for w in (weight, new))
+        assert after < 0.05 * before
+
+
+def test_speed_stays_in_the_null_space_and_solves_its_regression() -> None:
+    torch.manual_seed(1)
+    width = 16
+    retained = torch.randn(40, 6, dtype=torch.float64) @ torch.randn(6, width, dtype=torch.float64)
+    sources, invariant = (torch.randn(n, width, dtype=torch.float64) for n in (2, 3))
+    change = torch.randn(2, 5, dtype=torch.float64)
+    space = speed.null_space(retained, 1e-9)
+    assert space.shape == (width, 10)
+    found = speed.solve(sources, change, space, invariant)
+    assert (found @ retained.T).abs().max() < 1e-10
+    assert (found @ invariant.T).abs().max() < 1e-10
+    assert found.norm() > 0.1
+
+    def loss(edit):
+        return (sources @ edit.T - change).square().sum() / 2 + edit.square().sum()
+
+    # Any other edit that meets the constraints is worse.
+    free = torch.linalg.svd(torch.cat([retained, invariant])).Vh[9:]
+    for seed in range(5):
+        step = torch.randn(5, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert loss(found + 1e-3 * step @ free) > loss(found)
+
+
+def test_every_start_changes_nothing() -> None:
+    matrices = ToyDenoiser("cross-attention").matrices()
+    edits = (
+        whole_matrices(matrices),
+        Lora(matrices, 4, 1.0, torch.Generator().manual_seed(0)).edit(),
+    )
+    for edit in edits:
+        for name, weight in matrices.items():
+            change = edit.factors[name] @ edit.bases[name].T
+            assert change.shape == weight.shape and not change.any()
+
+
+def test_the_choice_is_the_best_mean_and_the_first_of_equals() -> None:
+    assert choose({"a": [0.2, 0.4], "b": [0.9, 0.0], "c": [0.45, 0.45]}) == "b"
+    assert choose({"a": [0.5], "b": [0.5]}) == "a"
