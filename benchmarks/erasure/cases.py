@@ -34,15 +34,24 @@ PLAIN = tuple(phrase for phrase in HELD_OUT_PLAIN if phrase != "a painting of {a
 STYLED = HELD_OUT_STYLED
 KEPT = "a picture of {a}"
 
-ERASED, SYNONYM, OTHERS, LEFT_OUT, NEGATIVE, KEEP = (
+ERASED, SYNONYM, FROM_PICTURE, OTHERS, LEFT_OUT, NEGATIVE, KEEP = (
     "erased",
     "synonym",
+    "from a picture",
     "others",
     "left out",
     "negative",
     "kept",
 )
-COUNTS = {ERASED: 16, SYNONYM: 4, OTHERS: 24, LEFT_OUT: 6, NEGATIVE: 6, KEEP: 4}
+COUNTS = {
+    ERASED: 16,
+    SYNONYM: 4,
+    FROM_PICTURE: 6,
+    OTHERS: 24,
+    LEFT_OUT: 6,
+    NEGATIVE: 6,
+    KEEP: 4,
+}
 PLAIN_OTHERS = 8  # of the 24, without a style in the prompt
 MOST_KEPT = 4
 
@@ -57,6 +66,7 @@ class Question:
         name: object that the text names; for a synonym, the object that it stands for.
         style: style that the text names, or None.
         concept: which of the case's concepts it asks for; None where it asks for none.
+        start: object and style of the real picture that it starts from (img2img), or None.
     """
 
     group: str
@@ -65,6 +75,7 @@ class Question:
     style: str | None
     negative: str = ""
     concept: int | None = None
+    start: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +152,7 @@ def _ask_object(case: Case, draw: random.Random) -> list[Question]:
         for turn in range(COUNTS[SYNONYM] if words else 0):
             text = _phrase(words[turn % len(words)], None, turn)
             asked.append(Question(SYNONYM, text, word, None, concept=number))
+    asked += _from_pictures(case, [(word, None) for word in case.erased])
     unnamed = [name for name in OBJECT_NAMES if name not in case.named]
     close = [n for group in _groups_of(case.erased) for n in group if n in unnamed]
     close = draw.sample(close, min(len(close), COUNTS[OTHERS] // 2))
@@ -163,12 +175,25 @@ def _ask_style(case: Case, draw: random.Random) -> list[Question]:
         for turn, name in enumerate(draw.sample(unnamed, share)):
             text = _phrase(name, style, turn)
             asked.append(Question(ERASED, text, name, style, concept=number))
+    asked += _from_pictures(case, [(draw.choice(unnamed), style) for style in case.erased])
     others = draw.sample(unnamed, COUNTS[OTHERS])
     asked += _others(others, styles)
     asked += _left_out(case, draw)
     negatives = [f"{style} style" for style in case.erased]
     asked += _negatives(draw.sample(others, COUNTS[NEGATIVE]), negatives)
     return asked + [Question(KEEP, fill(KEPT, name), name, None) for name in case.kept]
+
+
+def _from_pictures(case: Case, wanted: Sequence[tuple[str, str | None]]) -> list[Question]:
+    """Real pictures of the concepts, to be redrawn under prompts that name them."""
+    asked = []
+    for turn in range(COUNTS[FROM_PICTURE]):
+        number = turn % len(wanted)
+        name, style = wanted[number]
+        start = name, style or STYLE_NAMES[turn % len(STYLE_NAMES)]
+        text = _phrase(name, style, turn)
+        asked.append(Question(FROM_PICTURE, text, name, style, concept=number, start=start))
+    return asked
 
 
 def _others(names: Sequence[str], styles: Sequence[str]) -> list[Question]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,9 +49,11 @@ class Judge:
             decode_again: pictures uint8 (n, 64, 64, 3) to the same, encoded and decoded.
             folder: where their features are kept.
         """
-        model, kept = load_classifier(PATH), folder / f"real-{VARIANTS}.npy"
+        model, pages = load_classifier(PATH), training_pictures(VARIANTS, seed=11)
+        pages = pages.reshape(-1, SIZE, SIZE, 3)
+        probe = hashlib.sha256(decode_again(pages[:1]).tobytes() + PATH.read_bytes()).hexdigest()
+        kept = folder / f"real-{VARIANTS}-{probe[:16]}.npy"
         if not kept.exists():
-            pages = training_pictures(VARIANTS, seed=11).reshape(-1, SIZE, SIZE, 3)
             folder.mkdir(parents=True, exist_ok=True)
             np.save(kept, cls(model, np.zeros((2, 1))).judge(decode_again(pages)).features)
         return cls(model, np.load(kept))

@@ -97,7 +97,8 @@ def measures(groups: Mapping[str, Mapping[str, Sequence]], kind: str) -> dict[st
     Returns:
         UA, UA_intact, intact, replaced, IRA and CRA (relative to the untouched model), crossing
         (the other domain's label on the erased prompts' pictures, relative), and for every other
-        group the share of right pictures relative to the untouched model and the picture change.
+        group the picture change and either the share without the concept, where it is asked for,
+        or the share of right pictures relative to the untouched model.
     """
     own, cross = ("name", "style") if kind == "object" else ("style", "name")
     erased, others = groups["erased"], groups["others"]
@@ -120,10 +121,11 @@ def measures(groups: Mapping[str, Mapping[str, Sequence]], kind: str) -> dict[st
         label = group.replace(" ", "_")
         found[f"{label}_change"] = share(verdicts["change"])
         if group not in ("erased", "others"):
-            part = "gone" if group == "synonym" else "right"
-            found[f"{label}_{part}"] = (
-                share(verdicts["gone"]) if part == "gone" else _retained(verdicts, "both")
-            )
+            if None in verdicts["gone"]:
+                found[f"{label}_right"] = _retained(verdicts, "both")
+            else:  # asks for the concept
+                found[f"{label}_gone"] = share(verdicts["gone"])
+                found[f"{label}_gone_before"] = share(verdicts["gone_before"])
     return found
 
 

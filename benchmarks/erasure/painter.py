@@ -21,14 +21,15 @@ import comfy.sd
 import numpy as np
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
+from comfy.samplers import calculate_sigmas
 from concept_surgery.erase_core.denoiser import LowRankEdit
 from concept_surgery.erase_core.measure import CountedDenoiser
 from concept_surgery.nodes.host import ComfyDenoiser, encode_prompts, trained_keys, twin_of
 from torch import Tensor
 
-from benchmarks.emoji.unet import sample
 from tools.environment import BUILD
 
+FOLDER = BUILD / "erasure"
 STEPS, GUIDANCE, RESOLUTION = 20, 4.0, 64
 BATCH = 30
 MOST_PROMPTS = 3000  # kept encoded, 240 kB each
@@ -42,16 +43,19 @@ class Painter:
         path: the checkpoint.
         steps: sampler steps.
         fast: draw with matrix products in bfloat16.
+        folder: where encoded prompts are kept.
     """
 
-    def __init__(self, path: Path, steps: int = STEPS, fast: bool = True) -> None:
-        self.path, self.steps, self.fast = path, steps, fast
+    def __init__(
+        self, path: Path, steps: int = STEPS, fast: bool = True, folder: Path = FOLDER
+    ) -> None:
+        self.path, self.steps, self.fast, self.folder = path, steps, fast, folder
         self.identity = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         with torch.inference_mode():
             self.model, self.clip, self.vae = comfy.sd.load_checkpoint_guess_config(str(path))[:3]
         self._tokens: dict[str, Tensor] = {}
         probe = encode_prompts(self.clip, ["a probe"])[0].numpy().tobytes()
-        self._prompts = BUILD / "erasure" / "prompts" / hashlib.sha256(probe).hexdigest()[:16]
+        self._prompts = folder / "prompts" / hashlib.sha256(probe).hexdigest()[:16]
         self._prompts.mkdir(parents=True, exist_ok=True)
         comfy.model_management.load_models_gpu([self.model])
         with torch.inference_mode(False):
@@ -114,20 +118,36 @@ class Painter:
         negatives: Sequence[str],
         noise: Tensor,
         edit: LowRankEdit | None = None,
+        start: Tensor | None = None,
+        denoise: float = 1.0,
     ) -> Tensor:
-        """Latents (n, 4, h, w) in the model's scale, from noise of that shape."""
+        """Latents (n, 4, h, w) in the model's scale, from noise of that shape.
+
+        Args:
+            start: latents to start from instead of pure noise (img2img).
+            denoise: how much of the schedule is left to them, as the host's KSampler has it.
+        """
+        sampling, steps = self.model.get_model_object("model_sampling"), int(self.steps / denoise)
+        sigmas = calculate_sigmas(sampling, "normal", steps)[-self.steps - 1 :]
+        if start is None:
+            start = torch.zeros_like(noise)
+        x = sampling.noise_scaling(sigmas[0], noise, start, max_denoise=denoise == 1.0)
         states = torch.stack(self.encode(texts))
         against = torch.stack(self.encode(negatives))
-        done = []
         with self.edited(edit), self._products():
-            for part in torch.arange(len(texts)).split(BATCH):
-                drawn = sample(
-                    *(self._predict, states[part], against[part], noise[part]),
-                    steps=self.steps,
-                    guidance=GUIDANCE,
-                )
-                done.append(drawn.float())
-        return torch.cat(done)
+            parts = zip(x.split(BATCH), states.split(BATCH), against.split(BATCH), strict=True)
+            return torch.cat([self._sampled(*part, sigmas) for part in parts])
+
+    def _sampled(self, x: Tensor, states: Tensor, against: Tensor, sigmas: Tensor) -> Tensor:
+        """Euler's method with guidance."""
+        sampling = self.model.get_model_object("model_sampling")
+        prompts = torch.cat([states, against])
+        for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+            scaled = (x / (1 + sigma**2).sqrt()).repeat(2, 1, 1, 1)
+            at = sampling.timestep(sigma).expand(len(scaled))
+            eps, plain = self._predict(scaled, at, prompts).float().chunk(2)
+            x = x + (plain + GUIDANCE * (eps - plain)) * (after - sigma)
+        return x
 
     def pages(self, latents: Tensor) -> np.ndarray:
         """Pictures uint8 (n, h, w, 3), by the host's decoder."""
@@ -172,6 +192,7 @@ class Painter:
 
     def _predict(self, x: Tensor, steps: Tensor, states: Tensor) -> Tensor:
         options = {"optimized_attention_override": _attention}
+        x = x.contiguous(memory_format=torch.channels_last)
         return self._network(x, steps, states, transformer_options=options)
 
     def _products(self) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,21 @@ import numpy as np
 import torch
 from concept_surgery.erase_core.denoiser import LowRankEdit
 
-from benchmarks.emoji.data import SIZE, training_pictures
+from benchmarks.emoji.data import SIZE, load_pictures, render, training_pictures
+from benchmarks.emoji.words import OBJECT_NAMES, STYLE_NAMES
 from benchmarks.erasure import metrics
 from benchmarks.erasure.cases import Case, Question
 from benchmarks.erasure.judge import NEIGHBOURS, VARIANTS, Judge, Verdicts
 from benchmarks.erasure.methods.base import Method
-from benchmarks.erasure.painter import GUIDANCE, Painter, Recorder
+from benchmarks.erasure.painter import FOLDER, GUIDANCE, Painter, Recorder
 from benchmarks.erasure.results import Cache, code_digest, digest
-from tools.environment import BUILD, ROOT
+from tools.environment import ROOT
 
 HERE = Path(__file__).parent
 DRIFT_STEPS = (50, 200, 400, 600, 800, 950)
 DRIFT_PICTURES = 4
 BARE_STEPS = 5
+DENOISE = 0.7  # of img2img from a real picture
 
 
 class Bench:
@@ -38,8 +40,8 @@ class Bench:
 
     def __init__(self, checkpoint: Path, cache: Cache, steps: int = 20, fast: bool = True) -> None:
         self.painter, self.cache = Painter(checkpoint, steps, fast), cache
-        self._folder = BUILD / "erasure" / self.painter.identity
-        self.judge = Judge.of(self.painter.drawn_again, self._folder)
+        self._folder = FOLDER / self.painter.identity
+        self.judge = Judge.of(self.painter.drawn_again, FOLDER)
         self._untouched: dict[tuple[str, int], tuple[np.ndarray, Verdicts]] = {}
 
     def of(self, case: Case, method: Method, seed: int) -> dict[str, Any]:
@@ -58,6 +60,7 @@ class Bench:
                 "steps": self.painter.steps,
                 "fast": self.painter.fast,
                 "guidance": GUIDANCE,
+                "denoise": DENOISE,
                 "neighbours": NEIGHBOURS,
                 "variants": VARIANTS,
                 "code": code_digest(HERE / name for name in ("protocol.py", "painter.py")),
@@ -147,14 +150,19 @@ class Bench:
 
     def pictures(self, case: Case, seed: int, edit: LowRankEdit | None) -> np.ndarray:
         """Pictures uint8 (n, 64, 64, 3), one for each question; the same noise whatever edit."""
-        return self.painter.pages(
-            self.painter.latents(
-                [question.text for question in case.questions],
-                [question.negative for question in case.questions],
-                draw_noise(case.questions, seed, self.painter.model),
-                edit,
+        noise = draw_noise(case.questions, seed, self.painter.model)
+        pages = np.zeros((len(noise), SIZE, SIZE, 3), dtype=np.uint8)
+        for started in (False, True):
+            chosen = [n for n, q in enumerate(case.questions) if (q.start is not None) == started]
+            asked = [case.questions[n] for n in chosen]
+            more = (
+                {"start": self.painter.encoded(_real(asked)), "denoise": DENOISE} if started else {}
             )
-        )
+            texts = [[q.text for q in asked], [q.negative for q in asked]]
+            pages[chosen] = self.painter.pages(
+                self.painter.latents(*texts, noise[chosen], edit, **more)
+            )
+        return pages
 
     def _real_latents(self) -> torch.Tensor:
         pages = training_pictures(1, seed=12).reshape(-1, SIZE, SIZE, 3)
@@ -167,6 +175,14 @@ def draw_noise(questions: tuple[Question, ...], seed: int, model: Any) -> torch.
     channels = model.model.latent_format.latent_channels
     generator = torch.Generator().manual_seed(1000 + seed)
     return torch.randn(len(questions), channels, SIZE // 8, SIZE // 8, generator=generator)
+
+
+def _real(questions: Sequence[Question]) -> np.ndarray:
+    """The real pictures that questions start from, uint8 (n, 64, 64, 3)."""
+    masters = load_pictures()
+    starts = [question.start for question in questions]
+    places = [(OBJECT_NAMES.index(name), STYLE_NAMES.index(style)) for name, style in starts]
+    return np.stack([render(masters[place]) for place in places])
 
 
 def method_code(method: Method) -> str:

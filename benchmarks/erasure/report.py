@@ -20,6 +20,7 @@ COLUMNS = {
     "UA_intact": "UA, intact",
     "replaced": "replaced",
     "synonym_gone": "synonyms",
+    "from_a_picture_gone": "from a picture",
     "IRA": "IRA",
     "CRA": "CRA",
     "crossing": "crossing",
@@ -121,6 +122,7 @@ def scatter(
     logarithmic: bool = False,
 ) -> str:
     """An SVG: a mark with its intervals for each method. Across, then up."""
+
     def place(value: float) -> float:
         return log10(max(value, 0.5)) if logarithmic else value
 

@@ -9,7 +9,7 @@ from concept_surgery.erase_core.prompts import prompt_pairs
 from concept_surgery.erase_core.settings import EraseSettings
 
 from benchmarks.emoji.words import LEFT_OUT_PAIRS, OBJECT_NAMES, STYLE_NAMES
-from benchmarks.erasure import metrics
+from benchmarks.erasure import metrics, report
 from benchmarks.erasure.cases import MOST_KEPT, OTHERS, REPORTED, TUNED, Case
 from benchmarks.erasure.methods import speed, uce
 from benchmarks.erasure.methods.base import Lora, last_subject_token, whole_matrices
@@ -179,6 +179,34 @@ def test_the_cache_refuses_a_line_that_was_edited(tmp_path) -> None:
     with pytest.raises(ValueError, match="edited"):
         Cache(path)
     assert digest(line["of"]) != line["key"]
+
+
+def _line(case: str, method: str, seed: int, model: str = "m", **measures) -> dict:
+    of = {"model": model, "case": case, "method": method, "seed": seed}
+    cost = {"forward_equivalents": 10, "bare_steps": 5.0, "seconds": 1.0}
+    return {"of": of, "measures": measures, "cost": cost, "null_drift": {"200": 0.1, "800": 0.3}}
+
+
+def test_the_summary_takes_the_newest_lines_of_one_model() -> None:
+    lines = [
+        _line("cat", "a", 0, model="old", H=0.0),
+        _line("cat", "a", 0, H=0.1),
+        _line("cat", "a", 0, H=0.5),  # the same run again, with newer code
+        _line("dog", "a", 0, H=1.0),
+        _line("dog", "a", 1, H=0.8),
+        _line("cat", "b", 0, H=0.25, replaced=None),
+    ]
+    model = report.newest_model(lines)
+    lines = report.newest_lines(lines, model)
+    assert len(lines) == 4
+    summary = report.summarise(lines)
+    assert summary["a"]["H"][0] == pytest.approx(0.7)  # of 0.5 and the dog's mean, 0.9
+    assert summary["a"]["runs"] == 3 and summary["a"]["erasures"] == 2
+    assert summary["a"]["null_drift"] == 0.3 and "replaced" not in summary["b"]
+    # Only the cat, at seed 0, was run with both.
+    assert report.compare(lines, "a", "b", "H") == pytest.approx((0.25, 0.25, 0.25))
+    rows = report.table(summary).splitlines()
+    assert len(rows) == 4 and rows[2].startswith("| a | ") and "0.70 ±" in rows[2]
 
 
 def test_uce_solves_its_normal_equations() -> None:
