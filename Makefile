@@ -27,7 +27,7 @@ bench: setup
 	$(VENV_PYTHON) -m benchmarks.erasure.report
 
 bench-quick: setup
-	$(VENV_PYTHON) -m benchmarks.erasure.run --quick --results build/erasure/quick.jsonl
+	$(VENV_PYTHON) -m benchmarks.erasure.run --quick --steps 10 --threads 2 --results build/erasure/quick.jsonl
 	$(VENV_PYTHON) -m benchmarks.erasure.report --results build/erasure/quick.jsonl --folder build/erasure
 
 clean:

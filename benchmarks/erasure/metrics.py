@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,10 +26,13 @@ def neighbourhood_radii(real: np.ndarray, k: int) -> np.ndarray:
     return np.partition(distances, k - 1, axis=1)[:, k - 1]
 
 
-def inside_manifold(features: np.ndarray, real: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    """Which features (n, d) lie within the k-nearest-neighbour radius of a real one: bool (n,).
+def inside_manifold(
+    features: np.ndarray, real: np.ndarray, radii: np.ndarray | float
+) -> np.ndarray:
+    """Which features (n, d) lie within the radius of a real one: bool (n,).
 
-    The mean is the precision of Kynkäänniemi et al. 2019, arXiv 1904.06991.
+    With :func:`neighbourhood_radii` the mean is the precision of Kynkäänniemi et al. 2019, arXiv
+    1904.06991.
     """
     return (nearest_distances(features, real) <= radii).any(1)
 
@@ -160,3 +164,27 @@ def rounded(value: object, digits: int = 4) -> object:
     if isinstance(value, float):
         return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value
+
+
+def packed(verdicts: Mapping[str, list]) -> dict[str, Any]:
+    """Flags as a text of 1, 0 and - each, so that a line stays short."""
+    signs = {True: "1", False: "0", None: "-"}
+    return {
+        name: values if name == "change" else "".join(signs[value] for value in values)
+        for name, values in verdicts.items()
+    }
+
+
+def measured(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The line with its measures, always taken anew from the verdicts that it holds."""
+    groups = {group: unpacked(verdicts) for group, verdicts in line["groups"].items()}
+    return {**line, "measures": measures(groups, line["of"]["kind"])}
+
+
+def unpacked(verdicts: Mapping[str, Any]) -> dict[str, list]:
+    """The way back from a line to flags."""
+    values = {"1": True, "0": False, "-": None}
+    return {
+        name: kept if name == "change" else [values[sign] for sign in kept]
+        for name, kept in verdicts.items()
+    }

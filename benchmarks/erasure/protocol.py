@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from benchmarks.emoji.data import SIZE, load_pictures, render, training_pictures
 from benchmarks.emoji.words import OBJECT_NAMES, STYLE_NAMES
 from benchmarks.erasure import metrics
 from benchmarks.erasure.cases import Case, Question
-from benchmarks.erasure.judge import NEIGHBOURS, VARIANTS, Judge, Verdicts
+from benchmarks.erasure.judge import QUANTILE, VARIANTS, Judge, Verdicts
 from benchmarks.erasure.methods.base import Method
 from benchmarks.erasure.painter import FOLDER, GUIDANCE, Painter, Recorder
 from benchmarks.erasure.results import Cache, code_digest, digest
 from tools.environment import ROOT
 
 HERE = Path(__file__).parent
+SOURCES = ("protocol.py", "painter.py", "judge.py")
 DRIFT_STEPS = (50, 200, 400, 600, 800, 950)
 DRIFT_PICTURES = 4
 BARE_STEPS = 5
@@ -61,9 +62,10 @@ class Bench:
                 "fast": self.painter.fast,
                 "guidance": GUIDANCE,
                 "denoise": DENOISE,
-                "neighbours": NEIGHBOURS,
+                "quantile": QUANTILE,
                 "variants": VARIANTS,
-                "code": code_digest(HERE / name for name in ("protocol.py", "painter.py")),
+                "judge": self.judge.identity,
+                "code": code_digest(HERE / name for name in SOURCES),
             },
             "code": method_code(method),
         }
@@ -73,20 +75,19 @@ class Bench:
         of = self.of(case, method, seed)
         known = self.cache.get(of)
         if known is not None:
-            return known
+            return metrics.measured(known)
         edit, cost, notes = self.train(case, method, seed)
         began = time.process_time()
         groups = self.draw(case, edit, seed)
         drift = self.painter.null_drift(edit, self._real_latents(), DRIFT_STEPS)
         result = {
-            "measures": metrics.measures(groups, case.kind),
             "null_drift": dict(zip(map(str, DRIFT_STEPS), drift, strict=True)),
             "cost": cost,
             "notes": notes,
-            "groups": {group: _packed(verdicts) for group, verdicts in groups.items()},
+            "groups": {group: metrics.packed(verdicts) for group, verdicts in groups.items()},
             "drawing_seconds": time.process_time() - began,
         }
-        return self.cache.add(of, metrics.rounded(result))
+        return metrics.measured(self.cache.add(of, metrics.rounded(result)))
 
     def train(
         self, case: Case, method: Method, seed: int
@@ -209,21 +210,3 @@ def _bare_step_seconds(denoiser: Recorder) -> float:
         denoiser.predict_x0(x, sigma, tokens.expand(2, -1, -1), edit).square().sum().backward()
         times.append(time.process_time() - began)
     return statistics.median(times)
-
-
-def _packed(verdicts: Mapping[str, list]) -> dict[str, Any]:
-    """Flags as a text of 1, 0 and - each, so that a line stays short."""
-    signs = {True: "1", False: "0", None: "-"}
-    return {
-        name: values if name == "change" else "".join(signs[value] for value in values)
-        for name, values in verdicts.items()
-    }
-
-
-def unpacked(verdicts: Mapping[str, Any]) -> dict[str, list]:
-    """The way back from a line to flags."""
-    values = {"1": True, "0": False, "-": None}
-    return {
-        name: kept if name == "change" else [values[sign] for sign in kept]
-        for name, kept in verdicts.items()
-    }

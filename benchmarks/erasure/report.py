@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.erasure.cases import REPORTED
-from benchmarks.erasure.metrics import bootstrap, rounded
+from benchmarks.erasure.metrics import bootstrap, measured, rounded
 from benchmarks.erasure.results import LINES, RESULTS, Cache
 
 SUMMARY, TABLE = RESULTS / "erasure.json", RESULTS / "erasure.md"
@@ -204,7 +204,7 @@ def main() -> None:
     asked = parser.parse_args()
     cache = Cache(asked.results)
     model = newest_model(cache)
-    lines = newest_lines(cache, model)
+    lines = [measured(line) for line in newest_lines(cache, model)]
     if not asked.all:
         reported = {case.text for case in REPORTED}
         lines = [line for line in lines if line["of"]["case"] in reported]

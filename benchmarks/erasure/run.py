@@ -11,9 +11,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks.emoji.build import CHECKPOINT, WEIGHTS, build_emoji_checkpoint
 from benchmarks.erasure.cases import REPORTED, TUNED, Case
 from benchmarks.erasure.methods import METHODS, Method
+from benchmarks.erasure.painter import STEPS
 from benchmarks.erasure.protocol import Bench
 from benchmarks.erasure.results import LINES, Cache
 from benchmarks.erasure.tuned import tuned_methods
@@ -91,8 +94,11 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", help="names of cases")
     parser.add_argument("--methods", nargs="*", help="names of methods")
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the sampler")
+    parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
-    bench = Bench(chosen.checkpoint or checkpoint(), Cache(chosen.results))
+    torch.set_num_threads(chosen.threads)
+    bench = Bench(chosen.checkpoint or checkpoint(), Cache(chosen.results), chosen.steps)
     cases = find_cases(
         chosen.cases or (QUICK_CASES if chosen.quick else [c.name for c in REPORTED])
     )

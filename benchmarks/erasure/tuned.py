@@ -59,6 +59,7 @@ def tuned_methods(path: Path = CHOSEN) -> dict[str, Method]:
     return {
         f"{name}-tuned": METHODS[name].with_settings(f"{name}-tuned", **settings)
         for name, settings in chosen.items()
+        if settings  # else the published ones are the best
     }
 
 

@@ -130,6 +130,18 @@ def test_measures_of_a_hand_made_run() -> None:
     assert style["IRA"] == found["CRA"] and style["CRA"] == found["IRA"]
 
 
+def test_verdicts_survive_a_line() -> None:
+    rows = _verdicts(name=[True, False], style=[None, True], change=[0.1, 0.25])
+    assert metrics.unpacked(json.loads(json.dumps(metrics.packed(rows)))) == rows
+    line = {
+        "of": {"kind": "object"},
+        "groups": {g: metrics.packed(rows) for g in ("erased", "others")},
+    }
+    for group in line["groups"].values():
+        group |= {"gone": "10", "gone_before": "00"}
+    assert metrics.measured(line)["measures"]["UA"] == 0.5
+
+
 def test_harmonic_mean_lets_nothing_make_up_for_a_loss() -> None:
     assert metrics.harmonic_mean([1.0, 0.0, 1.0]) == 0
     assert metrics.harmonic_mean([0.5, 2.0]) == pytest.approx(2 / 3)
