@@ -1,11 +1,17 @@
 """The judge of pictures: which object, which style, and whether it is a picture at all.
 
-A picture is intact when a real one is nearer to it, in the classifier's features, than nearly all
-real ones are to their own nearest: precision with one neighbour and one radius. With a radius for
-each real picture and k = 3 or 5, as is usual, radii reach from one motif to the next: of pictures
-that are two real ones laid over each other 0.83 and 0.88 counted as intact, of decoded noise 0.43
-to 0.78, and of the blobs that a hardly trained denoiser draws 0.75 and 0.93. With the one radius it
-is about 0.12, 0.00 and 0.20 (``shortcuts.py`` measures it again).
+A picture is intact when a real one is nearer to it, in the classifier's features, than nine of ten
+real ones are to their own nearest: precision with one neighbour and one common radius. The usual
+radii, one for each real picture by its k-th neighbour, reach from one motif to the next. Shares
+that lie within (classifier and autoencoder as trained, 80 unseen real pictures; ``shortcuts.py``
+measures it again):
+
+    pictures                            this radius     k = 3   k = 5
+    unseen real ones                    0.96            1.00    1.00
+    two real ones over each other       0.03            0.83    0.88
+    halves of two real ones             0.05            0.83    -
+    decoded noise                       0.00            0.57    0.78
+    blobs of a hardly trained denoiser  0.07            0.75    0.93
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ from benchmarks.emoji.data import SIZE, training_pictures
 from benchmarks.emoji.words import OBJECT_NAMES, STYLE_NAMES
 from benchmarks.erasure.metrics import inside_manifold, neighbourhood_radii
 
-QUANTILE = 0.99  # of the distances between real pictures
+QUANTILE = 0.9  # of the distances between real pictures
 VARIANTS = 3  # of each real picture in the manifold
 
 

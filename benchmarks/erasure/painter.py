@@ -73,6 +73,11 @@ class Painter:
         """
         return [self._encoded(text) for text in texts]
 
+    def remember(self, name: str, tokens: Tensor) -> str:
+        """Draw from embeddings (77, 768) that no text gives, under a name of their own."""
+        self._tokens[name] = tokens
+        return name
+
     def _encoded(self, text: str) -> Tensor:
         if text in self._tokens:
             return self._tokens[text]

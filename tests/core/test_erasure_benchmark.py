@@ -9,7 +9,7 @@ from concept_surgery.erase_core.prompts import prompt_pairs
 from concept_surgery.erase_core.settings import EraseSettings
 
 from benchmarks.emoji.words import LEFT_OUT_PAIRS, OBJECT_NAMES, STYLE_NAMES
-from benchmarks.erasure import metrics, report
+from benchmarks.erasure import metrics, recovery, report
 from benchmarks.erasure.cases import MOST_KEPT, OTHERS, REPORTED, TUNED, Case
 from benchmarks.erasure.methods import speed, uce
 from benchmarks.erasure.methods.base import Lora, last_subject_token, whole_matrices
@@ -279,6 +279,16 @@ def test_every_start_changes_nothing() -> None:
         for name, weight in matrices.items():
             change = edit.factors[name] @ edit.bases[name].T
             assert change.shape == weight.shape and not change.any()
+
+
+def test_inversion_trains_one_row_and_fits_better() -> None:
+    denoiser = ToyDenoiser()
+    (tokens,) = denoiser.encode(["a picture of thing"])
+    clean = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+    found, losses = recovery.invert(denoiser, None, clean, tokens, 4, seed=0, steps=150, rate=0.1)
+    changed = (found != tokens).any(1).nonzero().flatten().tolist()
+    assert changed == [4]
+    assert sum(losses[-30:]) < 0.98 * sum(losses[:30])
 
 
 def test_the_choice_is_the_best_mean_and_the_first_of_equals() -> None:
