@@ -28,7 +28,7 @@ from benchmarks.emoji.autoencoder import to_input
 from benchmarks.emoji.classifier import PATH, Classifier, load_classifier
 from benchmarks.emoji.data import SIZE, training_pictures
 from benchmarks.emoji.words import OBJECT_NAMES, STYLE_NAMES
-from benchmarks.erasure.metrics import inside_manifold, neighbourhood_radii
+from benchmarks.erasure.metrics import nearest_distances, neighbourhood_radii
 
 QUANTILE = 0.9  # of the distances between real pictures
 VARIANTS = 3  # of each real picture in the manifold
@@ -94,6 +94,6 @@ class Judge:
         """How near a real picture must be."""
         return float(np.quantile(neighbourhood_radii(self.real, 1), QUANTILE))
 
-    def intact(self, features: np.ndarray) -> np.ndarray:
-        """Which pictures are like real ones, bool (n,)."""
-        return inside_manifold(features, self.real, self.radius)
+    def distances(self, features: np.ndarray) -> np.ndarray:
+        """From each picture to the nearest real one, (n,); up to the radius it is intact."""
+        return nearest_distances(features, self.real).min(1)

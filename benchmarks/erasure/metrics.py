@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+NUMBERS = ("change", "distance", "distance_before")  # of a picture; all else are flags
+
 
 def nearest_distances(points: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Euclidean distances (n, m) of points (n, d) and others (m, d)."""
@@ -92,16 +94,18 @@ def measures(groups: Mapping[str, Mapping[str, Sequence]], kind: str) -> dict[st
 
     Args:
         groups: by group of questions, lists with one entry a picture: ``name`` and ``style``
-            (drawn as asked; ``style`` None where none was asked), the same with ``_before`` of the
-            untouched model, ``gone`` (not classified as the concept), ``replaced`` (classified as
-            its alternative; None without one), ``intact`` (within the manifold of real pictures)
-            and ``change`` (root mean square difference from the untouched model's picture, 0..1).
+            (drawn as asked; ``style`` None where none was asked), ``gone`` (not classified as the
+            concept), ``distance`` (to the nearest real picture, in features) and ``intact``
+            (whether that is near enough); the same with ``_before`` of the untouched model;
+            ``replaced`` (classified as its alternative; None without one) and ``change`` (root mean
+            square difference from the untouched model's picture, 0..1).
         kind: "object" or "style".
 
     Returns:
         UA, UA_intact, intact, replaced, IRA and CRA (relative to the untouched model), crossing
         (the other domain's label on the erased prompts' pictures, relative), and for every other
-        group the picture change and either the share without the concept, where it is asked for,
+        group the picture change, the distance to real pictures relative to the untouched model's,
+        and either the share without the concept, where it is asked for,
         or the share of right pictures relative to the untouched model.
     """
     own, cross = ("name", "style") if kind == "object" else ("style", "name")
@@ -124,6 +128,9 @@ def measures(groups: Mapping[str, Mapping[str, Sequence]], kind: str) -> dict[st
     for group, verdicts in groups.items():
         label = group.replace(" ", "_")
         found[f"{label}_change"] = share(verdicts["change"])
+        found[f"{label}_distance"] = relative(
+            share(verdicts["distance"]), share(verdicts["distance_before"])
+        )
         if group not in ("erased", "others"):
             if None in verdicts["gone"]:
                 found[f"{label}_right"] = _retained(verdicts, "both")
@@ -170,7 +177,7 @@ def packed(verdicts: Mapping[str, list]) -> dict[str, Any]:
     """Flags as a text of 1, 0 and - each, so that a line stays short."""
     signs = {True: "1", False: "0", None: "-"}
     return {
-        name: values if name == "change" else "".join(signs[value] for value in values)
+        name: values if name in NUMBERS else "".join(signs[value] for value in values)
         for name, values in verdicts.items()
     }
 
@@ -185,6 +192,6 @@ def unpacked(verdicts: Mapping[str, Any]) -> dict[str, list]:
     """The way back from a line to flags."""
     values = {"1": True, "0": False, "-": None}
     return {
-        name: kept if name == "change" else [values[sign] for sign in kept]
+        name: kept if name in NUMBERS else [values[sign] for sign in kept]
         for name, kept in verdicts.items()
     }

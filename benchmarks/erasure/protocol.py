@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from benchmarks.emoji.words import OBJECT_NAMES, STYLE_NAMES
 from benchmarks.erasure import metrics
 from benchmarks.erasure.cases import Case, Question
 from benchmarks.erasure.judge import QUANTILE, VARIANTS, Judge, Verdicts
-from benchmarks.erasure.methods.base import Method
+from benchmarks.erasure.methods import METHODS, Method
 from benchmarks.erasure.painter import FOLDER, GUIDANCE, Painter, Recorder
 from benchmarks.erasure.results import Cache, code_digest, digest
 from tools.environment import ROOT
@@ -41,6 +42,10 @@ class Bench:
 
     def __init__(self, checkpoint: Path, cache: Cache, steps: int = 20, fast: bool = True) -> None:
         self.painter, self.cache = Painter(checkpoint, steps, fast), cache
+        # Now, since what runs is what was read now, whatever becomes of the files.
+        self._code = code_digest(HERE / name for name in SOURCES)
+        for method in METHODS.values():
+            method_code(method.files, method.uses_engine)
         self._folder = FOLDER / self.painter.identity
         self.judge = Judge.of(self.painter.drawn_again, FOLDER)
         self._untouched: dict[tuple[str, int], tuple[np.ndarray, Verdicts]] = {}
@@ -65,9 +70,9 @@ class Bench:
                 "quantile": QUANTILE,
                 "variants": VARIANTS,
                 "judge": self.judge.identity,
-                "code": code_digest(HERE / name for name in SOURCES),
+                "code": self._code,
             },
-            "code": method_code(method),
+            "code": method_code(method.files, method.uses_engine),
         }
 
     def run(self, case: Case, method: Method, seed: int) -> dict[str, Any]:
@@ -128,7 +133,9 @@ class Bench:
             name, style = verdicts.names[n], verdicts.styles[n]
             row[f"name{tail}"] = name == question.name
             row[f"style{tail}"] = None if question.style is None else style == question.style
-            row[f"intact{tail}"] = bool(self.judge.intact(verdicts.features[n : n + 1])[0])
+            distance = float(self.judge.distances(verdicts.features[n : n + 1])[0])
+            row[f"distance{tail}"] = round(distance, 2)
+            row[f"intact{tail}"] = distance <= self.judge.radius
             drawn = name if case.kind == "object" else style
             concept = None if question.concept is None else case.concepts[question.concept]
             row[f"gone{tail}"] = None if concept is None else drawn != concept.text
@@ -186,10 +193,11 @@ def _real(questions: Sequence[Question]) -> np.ndarray:
     return np.stack([render(masters[place]) for place in places])
 
 
-def method_code(method: Method) -> str:
+@cache
+def method_code(files: tuple[str, ...], uses_engine: bool) -> str:
     """Digest of the source that a method runs: its own files, and the engine's if it uses it."""
-    paths = [HERE / "methods" / name for name in ("base.py", *method.files)]
-    if method.uses_engine:
+    paths = [HERE / "methods" / name for name in ("base.py", *files)]
+    if uses_engine:
         paths += sorted((ROOT / "erase_core").rglob("*.py"))
         paths.append(ROOT / "erase_core" / "data" / "captions.txt")
     return code_digest(paths)

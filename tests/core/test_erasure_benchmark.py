@@ -92,6 +92,8 @@ def _verdicts(**values):
         "replaced": [None] * count,
         "intact": [True] * count,
         "change": [0.1] * count,
+        "distance": [2.0] * count,
+        "distance_before": [1.0] * count,
     }
     rows |= values
     before = {f"{k}_before": v for k, v in rows.items() if k in ("name", "style", "gone", "intact")}
@@ -129,7 +131,7 @@ def test_measures_of_a_hand_made_run() -> None:
     assert found["CRA"] == pytest.approx(1.0)  # 2 of 3 right, 2 of 3 before
     assert found["crossing"] == pytest.approx(2 / 3)
     assert found["others_change"] == pytest.approx(0.15)
-    assert found["left_out_right"] == 0.5
+    assert found["left_out_right"] == 0.5 and found["left_out_distance"] == 2
     assert found["H"] == pytest.approx(3 / (1 / 0.5 + 3 / 2 + 1))
     style = metrics.measures(groups, "style")
     assert style["IRA"] == found["CRA"] and style["CRA"] == found["IRA"]
