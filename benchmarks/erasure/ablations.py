@@ -21,7 +21,7 @@ LINES = RESULTS / "erasure_ablations.jsonl"
 BASE = ours.BALANCED
 SOFT = {"form": "soft"}
 # Of our own kind, without those that the questions use.
-FEW_TEMPLATES = ("{}", "a photo of {a} => a photo")
+FEW_TEMPLATES = ("{}", "a photo of a {} => a photo")
 
 FACTORS: dict[str, Sequence[Mapping[str, Any]]] = {
     "protection": [{"protection": p} for p in (0.0, 0.03, 0.3, 3.0, 30.0)],

@@ -9,7 +9,7 @@ from concept_surgery.erase_core.prompts import prompt_pairs
 from concept_surgery.erase_core.settings import EraseSettings
 
 from benchmarks.emoji.words import LEFT_OUT_PAIRS, OBJECT_NAMES, STYLE_NAMES
-from benchmarks.erasure import metrics, recovery, report
+from benchmarks.erasure import ablations, metrics, recovery, report
 from benchmarks.erasure.cases import MOST_KEPT, OTHERS, REPORTED, TUNED, Case
 from benchmarks.erasure.methods import esd, ileco, leco, ours, speed, uce
 from benchmarks.erasure.methods.base import (
@@ -19,7 +19,7 @@ from benchmarks.erasure.methods.base import (
     whole_matrices,
 )
 from benchmarks.erasure.results import Cache, digest
-from benchmarks.erasure.tuned import choose
+from benchmarks.erasure.tuned import GRIDS, choose, variants
 
 from .toy import ToyDenoiser
 
@@ -331,6 +331,16 @@ def test_every_start_changes_nothing() -> None:
         for name, weight in matrices.items():
             change = edit.factors[name] @ edit.bases[name].T
             assert change.shape == weight.shape and not change.any()
+
+
+def test_every_variant_of_ours_can_be_asked_for() -> None:
+    methods = [m for factor in ablations.FACTORS for m in ablations.variants(factor)]
+    methods += [m for name in GRIDS if name.startswith("ours") for m in variants(name)]
+    for method in methods:
+        settings = ours.asked(TUNED[0], 0, method.settings)
+        assert settings.layers == method.layers  # what the denoiser is opened with
+    named = [method.name for method in methods if method is not ablations.BASE]
+    assert len(set(named)) == len(named)
 
 
 def test_inversion_trains_one_row_and_fits_better() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from concept_surgery.erase_core import erase, preset_settings
+from concept_surgery.erase_core import EraseSettings, erase, preset_settings
 from concept_surgery.erase_core.denoiser import Denoiser
 from concept_surgery.nodes.store import LanguageStore
 
@@ -22,19 +22,15 @@ def _language() -> LanguageStore:
     return LanguageStore(BUILD / "erasure" / "language")
 
 
+def asked(case: Case, seed: int, settings: Mapping[str, Any]) -> EraseSettings:
+    """What the engine is asked for."""
+    given = {"concepts": case.text, "keep": case.keep, "kind": case.kind, "seed": seed}
+    return preset_settings(**given, resolution=RESOLUTION, **settings)
+
+
 def train(denoiser: Denoiser, case: Case, seed: int, settings: Mapping[str, Any]) -> Outcome:
     """Run the engine as the node does."""
-    values = {name: value for name, value in settings.items() if name != "preset"}
-    asked = preset_settings(
-        settings["preset"],
-        concepts=case.text,
-        keep=case.keep,
-        kind=case.kind,
-        resolution=RESOLUTION,
-        seed=seed,
-        **values,
-    )
-    *_, last = erase(asked, denoiser, _language())
+    *_, last = erase(asked(case, seed, settings), denoiser, _language())
     record = last.erasure.record
     moved = record["measures"]["moved_held_out"]
     notes = {
