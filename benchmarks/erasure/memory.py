@@ -55,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=None)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     path = asked.checkpoint or checkpoint()
@@ -68,7 +69,7 @@ def main() -> None:
         found[name] = json.loads(lines.splitlines()[-1])
         found[name]["ratio"] = round(found[name]["training"] / found[name]["inference"], 3)
         print(name, found[name], flush=True)
-    RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    asked.result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -97,18 +97,19 @@ def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
     heads = ["method", *COLUMNS.values(), "null drift", "fwd-eq", "steps' worth", "runs"]
     rows = [heads, ["---"] * len(heads)]
     for method, row in sorted(summary.items(), key=lambda item: -_value(item[1], "H")):
-        cells = [_cell(row.get(name)) for name in COLUMNS]
+        cells = [_cell(row.get(name), row["erasures"] > 1) for name in COLUMNS]
         costs = [f"{row['null_drift']:.1g}", f"{row['forward_equivalents']:.0f}"]
         costs += [f"{row['bare_steps']:.0f}", f"{row['runs']}"]
         rows.append([method, *cells, *costs])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _cell(figure: Sequence[float] | None) -> str:
+def _cell(figure: Sequence[float] | None, several: bool) -> str:
     if figure is None:
         return "–"
     value, low, high = figure
-    return f"{value:.2f} ±{(high - low) / 2:.2f}"
+    # Of one erasure nothing follows for another, so there is no interval.
+    return f"{value:.2f} ±{(high - low) / 2:.2f}" if several else f"{value:.2f}"
 
 
 def _value(row: Mapping[str, Any], name: str) -> float:

@@ -226,6 +226,7 @@ def test_the_summary_takes_the_newest_lines_of_one_model() -> None:
     assert report.compare(lines, "a", "b", "H") == pytest.approx((0.25, 0.25, 0.25))
     rows = report.table(summary).splitlines()
     assert len(rows) == 4 and rows[2].startswith("| a | ") and "0.70 ±" in rows[2]
+    assert "0.25 |" in rows[3] and "±" not in rows[3]  # one erasure has no interval
 
 
 def test_uce_solves_its_normal_equations() -> None:
