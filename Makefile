@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV_PYTHON = build/venv/bin/python
 
-.PHONY: setup demo test lint bench-step clean
+.PHONY: setup demo test lint bench bench-quick bench-step clean
 
 setup:
 	$(PYTHON) -m tools setup
@@ -20,6 +20,15 @@ lint: setup
 
 bench-step: setup
 	$(VENV_PYTHON) -m benchmarks.step_cost
+
+# Needs the emoji model, see benchmarks/emoji. Goes on where it stopped; all of it takes hours.
+bench: setup
+	$(VENV_PYTHON) -m benchmarks.erasure.run
+	$(VENV_PYTHON) -m benchmarks.erasure.report
+
+bench-quick: setup
+	$(VENV_PYTHON) -m benchmarks.erasure.run --quick --steps 10 --threads 2 --results build/erasure/quick.jsonl
+	$(VENV_PYTHON) -m benchmarks.erasure.report --results build/erasure/quick.jsonl --folder build/erasure
 
 clean:
 	rm -rf build

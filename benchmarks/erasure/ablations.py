@@ -1,0 +1,87 @@
+"""One setting at a time: ``python -m benchmarks.erasure.ablations`` with the same measures.
+
+Every factor starts from the balanced preset; what doesn't change is measured once, since the cache
+is the benchmark's own format. On the ``TUNED`` erasures, so that what is learned here may be put
+into the presets without touching what is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.erasure.cases import TUNED, Case
+from benchmarks.erasure.methods import ours
+from benchmarks.erasure.methods.base import Method
+from benchmarks.erasure.results import RESULTS, Cache
+
+LINES = RESULTS / "erasure_ablations.jsonl"
+BASE = ours.BALANCED
+SOFT = {"form": "soft"}
+# Of our own kind, without those that the questions use.
+FEW_TEMPLATES = ("{}", "a photo of a {} => a photo")
+
+FACTORS: dict[str, Sequence[Mapping[str, Any]]] = {
+    "protection": [{"protection": p} for p in (0.0, 0.03, 0.3, 3.0, 30.0)],
+    "rank": [{"rank": rank} for rank in (2, 4, 8, 32, 64)],
+    "eta": [{"eta": eta} for eta in (0.5, 1.0, 2.0)],
+    "pool": [{"trajectories": count} for count in (4, 8, 32)],
+    "sampling steps": [{"sampling_steps": steps} for steps in (5, 20)],
+    "learning rate": [{"learning_rate": rate} for rate in (0.0003, 0.001, 0.01)],
+    "steps": [{"steps": steps} for steps in (0, 12, 24, 96, 192)],
+    "start": [{"warm_start": False}, {"warm_start": False, "steps": 192}],
+    "templates": [{"templates": FEW_TEMPLATES}, {"templates": ("{}",)}],
+    "stop": [{"stop_below": 0.1, "steps": 192}],
+    "guidance scale": [{"guidance_scale": scale} for scale in (1.0, 2.0, 8.0)],
+    "captions": [{"captions": count} for count in (50, 200)],
+    "null score": [{**SOFT, "null_score": n} for n in ("frozen", "student", "detached")],
+    "drift weight": [{**SOFT, "drift_weight": weight} for weight in (0.0, 10.0)],
+    "layers": [{**SOFT, "layers": layers} for layers in ("cross-attention", "transformer")],
+}
+# What takes the place of the concept: a relative, something else, or nothing.
+INSTEAD = ("fox => wolf", "fox => umbrella", "fox", "clay => cartoon", "clay")
+
+
+def variants(factor: str) -> list[Method]:
+    """The methods of a factor, the unchanged preset first."""
+    changed = [
+        BASE.with_settings(f"{factor}: {_label(values)}", **values) for values in FACTORS[factor]
+    ]
+    layers = [values.get("layers", BASE.layers) for values in FACTORS[factor]]
+    return [BASE, *(_on_layers(m, rule) for m, rule in zip(changed, layers, strict=True))]
+
+
+def _on_layers(method: Method, layers: str) -> Method:
+    return Method(
+        method.name, method.train, method.settings, layers, method.files, method.uses_engine
+    )
+
+
+def _label(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def main() -> None:
+    """The command line."""
+    from benchmarks.erasure.protocol import Bench
+    from benchmarks.erasure.run import checkpoint, find_cases, run_all
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("factors", nargs="*", default=list(FACTORS))
+    parser.add_argument("--cases", nargs="*", help="names of cases")
+    parser.add_argument("--checkpoint", type=Path, default=None)
+    parser.add_argument("--results", type=Path, default=LINES)
+    asked = parser.parse_args()
+    bench = Bench(asked.checkpoint or checkpoint(), Cache(asked.results))
+    cases: Sequence[Case] = find_cases(asked.cases) if asked.cases else TUNED
+    for factor in asked.factors:
+        run_all(bench, cases, variants(factor), [0])
+    if not asked.cases:
+        instead = [Case(text, "style" if "clay" in text else "object") for text in INSTEAD]
+        run_all(bench, instead, [BASE], [0])
+
+
+if __name__ == "__main__":
+    main()
