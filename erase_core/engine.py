@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import UNNAMED_PROMPTS, Checks, planned_checks, spread_over
 from .closed_form import ClosedForm, EditRegression
-from .denoiser import Denoiser, LowRankEdit
+from .denoiser import Denoiser, Encoded, LowRankEdit
 from .encoded import EncodedPrompts, encode_prompts
 from .erasure import Erasure
 from .fingerprint import fingerprint
@@ -27,7 +27,7 @@ from .protection import Choice, strongest_that_moves
 from .settings import EraseSettings
 from .states import Sampling, States, Trajectories, draw_pairs, sample_states
 from .subspace import ExactSet, KeptPrompt, SubspaceError, exact_set
-from .trainer import Pool, Ridge, SurgeryTrainer, TrainingError
+from .trainer import DivergedError, Pool, Ridge, SurgeryTrainer, TrainingError
 
 VERSION = "0.2.0"
 
@@ -37,6 +37,7 @@ TRIED_STATES = 12
 EXPECTED_TRIES = 2
 STOP_STATES = 6
 STOP_EVERY = 10
+CHECKED_GRADIENT = 5  # one image forward and backward, and forward at both ends of a difference
 # A concept of which less than this moves is not erased; better to say so than to hand it on.
 LEAST_MOVED = 0.5
 
@@ -102,11 +103,12 @@ def erase(
 
     Raises:
         SettingsError, LayerRuleError, NoStoredResultError, SubspaceError, PredictionError,
-            TrainingError: see there.
+            GradientError, TrainingError: see there.
     """
     run = _Run(settings, denoiser)
     yield run.progress("Reading the prompts")
     prompts = encode_prompts(settings, denoiser)
+    run.plan(prompts)
     key = ""
     if results is not None:
         key = result_key(settings, prompts.tensors(), denoiser.identity, VERSION)
@@ -139,6 +141,7 @@ def erase(
             choice.ridge / solution.distance if choice else 0.0,
             settings,
         )
+        yield from run.check_gradient(trainer)
         yield from run.train(trainer, prompts, held_out, should_stop)
         edit = trainer.result()
     checks = Checks(settings, run.denoiser, prompts, run.matrices, run.generator)
@@ -159,10 +162,16 @@ class _Run:
         self.matrices = dict(denoiser.matrices())
         self.losses: list[float] = []
         self.converged = False
+        self.gradient_apart: float | None = None
+        self.ended_by = ""  # what ended training before its time, in words
         self.generator = torch.Generator().manual_seed(settings.seed)
         self._started = time.monotonic()
         self._shape = denoiser.latent_shape(settings.resolution)
-        self._plan = self._planned_cost()
+        self._plan: dict[str, int] = {}
+
+    def plan(self, prompts: EncodedPrompts) -> None:
+        """Know what the run will cost at most."""
+        self._plan = self._planned_cost(pooled=prompts.null.pooled is not None)
 
     def progress(self, stage: str) -> Progress:
         loss = self.losses[-1] if self.losses else None
@@ -224,6 +233,13 @@ class _Run:
         stage = strongest_that_moves(regression, settings.rank, moves)
         return (yield from self.follow_stage("protection", stage, "Choosing the protection"))
 
+    def check_gradient(self, trainer: SurgeryTrainer) -> Iterator[Progress]:
+        """Before the first step: is the gradient the loss's?"""
+        yield self.progress("Checking the gradient")
+        before = self.denoiser.forward_equivalents
+        self.gradient_apart = trainer.check_gradient()
+        self._plan["gradient"] = self.denoiser.forward_equivalents - before
+
     def train(
         self,
         trainer: SurgeryTrainer,
@@ -231,10 +247,13 @@ class _Run:
         held_out: States,
         should_stop: Callable[[], bool],
     ) -> Iterator[Progress]:
-        """All steps, unless the caller stops or the held-out residual stays under the threshold."""
+        """All steps, unless the caller stops or the held-out residual stays under the threshold.
+
+        Training that diverges ends there, and what was learned before is kept.
+        """
         before, low = self.denoiser.forward_equivalents, 0
         checked = spread_over(held_out, prompts.pairs, STOP_STATES * len(self.settings.concepts))
-        for loss in trainer.run(should_stop):
+        for loss in self._until_it_diverges(trainer.run(should_stop)):
             self.losses.append(loss)
             yield self.progress(f"Training, step {len(self.losses)} of {self.settings.steps}")
             if self.settings.stop_below and len(self.losses) % STOP_EVERY == 0:
@@ -247,6 +266,14 @@ class _Run:
                     self.converged = True
                     break
         self._plan["training"] = self.denoiser.forward_equivalents - before
+
+    def _until_it_diverges(self, losses: Iterator[float]) -> Iterator[float]:
+        try:
+            yield from losses
+        except DivergedError as error:
+            if not self.losses:
+                raise
+            self.ended_by = str(error)
 
     def record(
         self,
@@ -266,7 +293,7 @@ class _Run:
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017
             "family": self.denoiser.family,
             "base": dict(self.denoiser.base),
-            "text_encoder": fingerprint({"null prompt": prompts.null}),
+            "text_encoder": fingerprint({"null prompt": prompts.null.tokens}),
             "settings": settings.as_dict(),
             "form": settings.form,
             "concepts": _concepts(settings, exact, solution, measures),
@@ -283,6 +310,8 @@ class _Run:
             "converged": self.converged,
             "complete": self.converged or steps == settings.steps,
             "stopped_early": steps < settings.steps,
+            "ended_by": self.ended_by,
+            "gradient_apart": self.gradient_apart,
             "forward_equivalents": self.denoiser.forward_equivalents,
             "seconds": round(time.monotonic() - self._started, 2),
         }
@@ -340,7 +369,7 @@ class _Run:
                 return end.value
             yield self.progress(stage.format(item))
 
-    def _planned_cost(self) -> dict[str, int]:
+    def _planned_cost(self, pooled: bool) -> dict[str, int]:
         """Forward-equivalents by stage, at most."""
         settings = self.settings
         if not settings.samples:
@@ -355,8 +384,9 @@ class _Run:
         return {
             "pool": (3 * (training + held_out) + 2 * kept) * settings.sampling_steps,
             "protection": tried,
+            "gradient": CHECKED_GRADIENT * (1 + soft + bool(kept)) if settings.steps else 0,
             "training": 3 * settings.steps * images + stops * STOP_STATES * concepts,
-            "checks": planned_checks(settings, held_out),
+            "checks": planned_checks(settings, held_out, pooled),
         }
 
 
@@ -365,29 +395,33 @@ def tried_states(settings: EraseSettings) -> int:
     return max(TRIED_STATES, 3 * len(settings.concepts))
 
 
-def _held(prompts: EncodedPrompts) -> list[Tensor]:
+def _held(prompts: EncodedPrompts) -> list[Encoded]:
     """What the soft form holds beside the null prompt."""
-    return [*prompts.negatives, *(rows for _, rows in prompts.keep)]
+    return [*prompts.negatives, *(prompt for _, prompt in prompts.keep)]
 
 
 def _exact(settings: EraseSettings, prompts: EncodedPrompts) -> ExactSet:
     """The exact set of the hard form; in the soft form nothing is exact."""
     changes = [edit.change for edit in prompts.edits]
     if settings.form == "hard":
-        return exact_set(changes, [prompts.null, *prompts.negatives], prompts.keep)
-    nothing = torch.zeros(prompts.null.shape[1], 0, dtype=torch.float64)
+        required = [prompt.tokens for prompt in (prompts.null, *prompts.negatives)]
+        keep = [(text, prompt.tokens) for text, prompt in prompts.keep]
+        return exact_set(changes, required, keep)
+    nothing = torch.zeros(prompts.null.tokens.shape[1], 0, dtype=torch.float64)
     kept = [KeptPrompt(text, False, 1.0) for text, _ in prompts.keep]
     return ExactSet(nothing, [1.0] * len(changes), kept)
 
 
 def _named_moment(settings: EraseSettings, prompts: EncodedPrompts, exact: ExactSet) -> Tensor:
     """Second moment of the prompts that were named but are not exact, each group at full weight."""
-    moment = NAMED_PROMPT_WEIGHT * second_moment(pair.alternative for pair in prompts.pairs)
+    moment = NAMED_PROMPT_WEIGHT * second_moment(p.alternative.tokens for p in prompts.pairs)
     approximate = [
-        rows for (_, rows), kept in zip(prompts.keep, exact.kept, strict=True) if not kept.exact
+        prompt.tokens
+        for (_, prompt), kept in zip(prompts.keep, exact.kept, strict=True)
+        if not kept.exact
     ]
     if settings.form == "soft":
-        held = [prompts.null, *prompts.negatives, *approximate]
+        held = [prompts.null.tokens, *(p.tokens for p in prompts.negatives), *approximate]
         return moment + SOFT_NULL_WEIGHT * second_moment(held)
     if approximate:
         moment = moment + NAMED_PROMPT_WEIGHT * second_moment(approximate)

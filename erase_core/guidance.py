@@ -46,7 +46,7 @@ def surgical_target(g_erased: Tensor, g_alternative: Tensor, eta: float = 0.0) -
 
 def weighted_error(difference: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean over the batch of ``w |difference|^2`` per element; weight (n,) or None for 1."""
-    squared = difference.square().flatten(1).mean(dim=1)
+    squared = difference.square().reshape(len(difference), -1).mean(dim=1)
     return (squared if weight is None else squared * weight).mean()
 
 
@@ -102,15 +102,20 @@ def surgery_loss(
     return loss
 
 
-def moved(g_student: Tensor, g_original: Tensor, target: Tensor) -> float:
-    """How far the guidance went: ``1 - sum |g_th - G|^2 / sum |g* - G|^2``; 1 is all the way.
+def moved(
+    g_student: Tensor, g_original: Tensor, target: Tensor, weight: Tensor | None = None
+) -> float:
+    """How far the guidance went: ``1 - sum w |g_th - G|^2 / sum w |g* - G|^2``; 1 is all the way.
 
     Returns 0 when there was nowhere to go.
+
+    Args:
+        weight: w(sigma), (n,); None for 1.
     """
-    distance = (g_original - target).double().square().sum()
+    distance = weighted_error((g_original - target).double(), weight)
     if distance == 0:
         return 0.0
-    return float(1 - (g_student - target).double().square().sum() / distance)
+    return float(1 - weighted_error((g_student - target).double(), weight) / distance)
 
 
 def _per_image(values: Tensor, like: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def encode_language(
     parts = []
     for start in range(0, len(captions), ENCODE_BATCH):
         batch = captions[start : start + ENCODE_BATCH]
-        rows = torch.cat(denoiser.encode(batch, together=True))
+        rows = torch.cat([prompt.tokens for prompt in denoiser.encode(batch, together=True)])
         parts.append((second_moment([rows]), rows.shape[0]))
         yield start + len(batch), len(captions)
     tokens = sum(count for _, count in parts)
@@ -77,6 +77,6 @@ def encode_language(
 
 def _cache_key(denoiser: Denoiser, captions: Sequence[str]) -> str:
     digest = hashlib.sha256("\n".join(captions).encode())
-    for rows in denoiser.encode(spread(captions, PROBE_CAPTIONS)):
-        digest.update(rows.contiguous().numpy().tobytes())
+    for prompt in denoiser.encode(spread(captions, PROBE_CAPTIONS)):
+        digest.update(prompt.tokens.contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
