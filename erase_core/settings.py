@@ -201,12 +201,19 @@ MORE_PER_CONCEPT = 0.25
 DISTILLED: dict[str, Any] = {"guidance_scale": 1.0, "sampling_steps": 4}
 
 
-def preset_settings(preset: str, *, distilled: bool = False, **values: Any) -> EraseSettings:
+def preset_settings(
+    preset: str,
+    *,
+    distilled: bool = False,
+    family: Mapping[str, Any] | None = None,
+    **values: Any,
+) -> EraseSettings:
     """Settings of a named preset, with every given value that is not None put over it.
 
     Args:
         preset: a key of :data:`PRESETS`.
         distilled: whether the model is a distilled one (Turbo, Lightning, LCM, DMD2).
+        family: what the model's family puts over the preset, see :mod:`families`.
         **values: fields of :class:`EraseSettings`; ``concepts`` is required, None means
             "as the preset says".
 
@@ -219,6 +226,7 @@ def preset_settings(preset: str, *, distilled: bool = False, **values: Any) -> E
     chosen = dict(PRESETS[preset])
     if given.get("form") == "soft":
         chosen |= SOFT_PRESETS.get(preset, {})
+    chosen |= family or {}
     if distilled:
         chosen |= DISTILLED
     one = EraseSettings(**{**chosen, **given})

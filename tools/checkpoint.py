@@ -37,6 +37,7 @@ _WORD_MIXING = 0.3  # what a layer's attention adds to a word's own embedding
 _WORD_CHANGE = 0.1  # what a layer's perceptron adds to it
 _ATTENTION_PEAK = 1.5  # how selective the U-Net's attention to the text is
 _TEXT_EFFECT = 2.0  # what that attention adds
+_POOLED_EFFECT = 0.3  # what the pooled vector adds beside the noise level
 _IMAGE_CONTRAST = 2.0
 # A model that removes no noise leaves latents as wide as the noise it started from. Unscaled
 # they would saturate the decoder, and every picture would be black, white and primary colours.
@@ -192,7 +193,7 @@ def _unet(plan: _Plan, layout: _Layout, in_channels: int) -> None:
     plan.linear(f"{root}.time_embed.2", _TIME, _TIME)
     if layout.pooled:
         plan.linear(f"{root}.label_emb.0.0", _TIME, layout.pooled)
-        plan.linear(f"{root}.label_emb.0.2", _TIME, _TIME)
+        plan.linear(f"{root}.label_emb.0.2", _TIME, _TIME, gain=_POOLED_EFFECT)
     plan.conv(f"{root}.input_blocks.0.0", _CHANNELS, in_channels)
     for level, depth in enumerate(layout.levels):
         if level:
