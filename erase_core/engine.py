@@ -127,7 +127,9 @@ def erase(
     if readers:
         regression = EditRegression(prompts.edits, exact.basis, moment, readers)
         choice = yield from run.choose(regression, prompts, held_out, readers)
-        _refuse_if_too_little_moves(settings, choice.moved)
+        # What comes through a pooled vector can't be moved; that is reported, not refused.
+        reached = choice.moved if prompts.null.pooled is None else choice.solution.moved
+        _refuse_if_too_little_moves(settings, reached)
     solution = choice.solution if choice else None
     edit = _start(settings, solution, run.matrices)
     if settings.steps:

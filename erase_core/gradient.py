@@ -16,9 +16,12 @@ from torch import Tensor
 from .denoiser import LowRankEdit
 
 MOST_APART = 0.05
-# Where the loss is almost quadratic in the edit, as here, a central difference is exact for any
-# step. A large one stands out of the rounding of half precision; below this nothing is gained.
-SMALLEST_STEP = 0.02
+# Steps of the difference, in lengths of the direction. The first is the textbook's, the cube root
+# of the precision, but no smaller than this: half precision needs a large one to stand out of its
+# rounding. Where the loss is curved a large one is off, so smaller ones follow before the gradient
+# is blamed.
+SMALLEST_FIRST_STEP = 0.02
+SHRINK, TRIES = 4, 3
 # How much the loss should change along the direction of matrices that start from nothing.
 PROBE_CHANGE = 0.5
 
@@ -61,9 +64,9 @@ def check_gradient(
     direction = _direction(start, gradients)
     slope = sum(float((gradients[name] * direction[name]).sum()) for name in factors)
     rounding = torch.finfo(dtype).eps
-    step = max(SMALLEST_STEP, rounding ** (1 / 3))
+    step = max(SMALLEST_FIRST_STEP, rounding ** (1 / 3))
 
-    def along(direction: Mapping[str, Tensor]) -> float:
+    def along(direction: Mapping[str, Tensor], step: float) -> float:
         ends = []
         for signed in (step, -step):
             moved = {n: b.detach() + signed * direction[n] for n, b in factors.items()}
@@ -73,8 +76,29 @@ def check_gradient(
 
     silent = [name for name, gradient in gradients.items() if not gradient.any()]
     if silent:
-        _refuse_if_it_matters(silent, along(_only(silent, direction)), rounding**0.5)
-    difference = along(direction)
+        _refuse_if_it_matters(silent, along(_only(silent, direction), step), rounding**0.5)
+    tried = []
+    for shrunken in range(TRIES):
+        difference = along(direction, step / SHRINK**shrunken)
+        tried.append((_apart(slope, difference), difference))
+        if tried[-1][0] <= MOST_APART:
+            return tried[-1][0]
+    apart, difference = min(tried)
+    raise GradientError(
+        f"The model's gradient is wrong: along a test direction it gives {slope:.4g}, while the "
+        f"loss itself changes by {difference:.4g} ({apart:.0%} apart, at most {MOST_APART:.0%} is "
+        "allowed). Training would learn the wrong thing, so nothing was trained. Some layer of "
+        "this model or of a node upstream of it can't be trained through: take such nodes away, or "
+        "use the preset 'instant', which needs no gradient."
+    )
+
+
+def _apart(slope: float, difference: float) -> float:
+    """Distance of two derivatives relative to the larger.
+
+    Raises:
+        GradientError: one is NaN or infinite.
+    """
     if not (math.isfinite(slope) and math.isfinite(difference)):
         raise GradientError(
             "The edited model's predictions or their gradient are NaN or infinite before the first "
@@ -82,16 +106,7 @@ def check_gradient(
             "a higher value."
         )
     larger = max(abs(slope), abs(difference))
-    apart = abs(slope - difference) / larger if larger else 0.0
-    if apart > MOST_APART:
-        raise GradientError(
-            f"The model's gradient is wrong: along a test direction it gives {slope:.4g}, while "
-            f"the loss itself changes by {difference:.4g} ({apart:.0%} apart, at most "
-            f"{MOST_APART:.0%} is allowed). Training would learn the wrong thing, so nothing was "
-            "trained. Some layer of this model or of a node upstream of it can't be trained "
-            "through: take such nodes away, or use the preset 'instant', which needs no gradient."
-        )
-    return apart
+    return abs(slope - difference) / larger if larger else 0.0
 
 
 def _refuse_if_it_matters(silent: list[str], slope: float, rounding: float) -> None:

@@ -142,7 +142,7 @@ class SurgeryTrainer:
         self._loss_scale = LOSS_SCALE if denoiser.dtype is torch.float16 else 1.0
 
     def check_gradient(self) -> float:
-        """Check at one state and one kept prompt that the gradient is the loss's.
+        """Check that the gradient is the loss's: at the state that has farthest to go.
 
         Returns:
             How far apart the two are, relative.
@@ -151,12 +151,12 @@ class SurgeryTrainer:
             GradientError: too far.
             TrainingError: there isn't memory for a single state.
         """
-        by_sigma = self._pool.states.sigma.argsort(stable=True)
-        middle, kept = by_sigma[len(by_sigma) // 2][None], torch.arange(1)
+        squared = (self._pool.states.g_erased - self._targets).flatten(1).square().sum(1)
+        farthest, kept = (self._weight * squared).argmax()[None], torch.arange(1)
         start, dtype = self.edit.to(self._denoiser.device), self._denoiser.dtype
         with advice_instead("train", TrainingError):
             return check_gradient(
-                lambda edit: self.loss(edit, middle, kept), start, dtype, self._loss_scale
+                lambda edit: self.loss(edit, farthest, kept), start, dtype, self._loss_scale
             )
 
     def loss(self, edit: LowRankEdit, index: Tensor, kept_index: Tensor) -> Tensor:

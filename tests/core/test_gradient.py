@@ -47,7 +47,7 @@ def on_output(layer, change):
 def test_an_honest_gradient_agrees_with_the_difference(values, warm_start):
     toy = ToyDenoiser(values.get("layers", "key-value"))
     apart = record_of(toy, warm_start=warm_start, **values)["gradient_apart"]
-    assert 0 <= apart <= 0.01
+    assert 0 <= apart <= 0.02
 
 
 @pytest.mark.parametrize("layer", ["key", "value"])
