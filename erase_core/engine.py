@@ -173,7 +173,7 @@ class _Run:
 
     def plan(self, prompts: EncodedPrompts) -> None:
         """Know what the run will cost at most."""
-        self._plan = self._planned_cost(pooled=prompts.null.pooled is not None)
+        self._plan = planned_cost(self.settings, pooled=prompts.null.pooled is not None)
 
     def progress(self, stage: str) -> Progress:
         loss = self.losses[-1] if self.losses else None
@@ -194,7 +194,7 @@ class _Run:
         """
         if not self.settings.samples:
             return None, None, None
-        training, checking = self._trajectory_counts()
+        training, checking = _trajectory_counts(self.settings)
         pool = None
         if training:
             pool = yield from self._pairs(prompts, training, "Sampling states")
@@ -333,14 +333,6 @@ class _Run:
         batch = 3 * self.settings.batch  # what the pool was sampled with fits the device
         return movement_on(self.denoiser, prompts.pairs, states, edit, self.settings.eta, batch)
 
-    def _trajectory_counts(self) -> tuple[int, int]:
-        """How many trajectories to train on and to check on; without training all are to check."""
-        count = self.settings.trajectories
-        if not self.settings.steps:
-            return 0, count
-        held_out = max(1, count // 4, min(len(self.settings.concepts), count // 2))
-        return count - held_out, held_out
-
     def _pairs(self, prompts: EncodedPrompts, count: int, stage: str) -> Iterator[Progress]:
         wanted = draw_pairs(prompts.pairs, count, self._shape, self.generator)
         return (yield from self._sample(prompts, wanted, stage))
@@ -371,25 +363,38 @@ class _Run:
                 return end.value
             yield self.progress(stage.format(item))
 
-    def _planned_cost(self, pooled: bool) -> dict[str, int]:
-        """Forward-equivalents by stage, at most."""
-        settings = self.settings
-        if not settings.samples:
-            return {}
-        training, held_out = self._trajectory_counts()
-        soft = settings.form == "soft"
-        kept = len(settings.keep) + len(settings.negative_prompts) if soft else 0
-        concepts = len(settings.concepts)
-        tried = 0 if settings.protection is not None else tried_states(settings) * EXPECTED_TRIES
-        stops = settings.steps // STOP_EVERY if settings.stop_below else 0
-        images = settings.batch * (1 + soft + bool(kept))
-        return {
-            "pool": (3 * (training + held_out) + 2 * kept) * settings.sampling_steps,
-            "protection": tried,
-            "gradient": CHECKED_GRADIENT * (1 + soft + bool(kept)) if settings.steps else 0,
-            "training": 3 * settings.steps * images + stops * STOP_STATES * concepts,
-            "checks": planned_checks(settings, held_out, pooled),
-        }
+
+def planned_cost(settings: EraseSettings, pooled: bool) -> dict[str, int]:
+    """Forward-equivalents of a run by stage, at most.
+
+    Args:
+        pooled: whether the model takes pooled vectors.
+    """
+    if not settings.samples:
+        return {}
+    training, held_out = _trajectory_counts(settings)
+    soft = settings.form == "soft"
+    kept = len(settings.keep) + len(settings.negative_prompts) if soft else 0
+    concepts = len(settings.concepts)
+    tried = 0 if settings.protection is not None else tried_states(settings) * EXPECTED_TRIES
+    stops = settings.steps // STOP_EVERY if settings.stop_below else 0
+    images = 1 + soft + bool(kept)
+    return {
+        "pool": (3 * (training + held_out) + 2 * kept) * settings.sampling_steps,
+        "protection": tried,
+        "gradient": CHECKED_GRADIENT * images if settings.steps else 0,
+        "training": 3 * settings.steps * settings.batch * images + stops * STOP_STATES * concepts,
+        "checks": planned_checks(settings, held_out, pooled),
+    }
+
+
+def _trajectory_counts(settings: EraseSettings) -> tuple[int, int]:
+    """How many trajectories to train on and to check on; without training all are to check."""
+    count = settings.trajectories
+    if not settings.steps:
+        return 0, count
+    held_out = max(1, count // 4, min(len(settings.concepts), count // 2))
+    return count - held_out, held_out
 
 
 def tried_states(settings: EraseSettings) -> int:

@@ -16,10 +16,10 @@ from torch import Tensor
 from .denoiser import LowRankEdit
 
 MOST_APART = 0.05
-# Steps of the difference, in lengths of the direction. The first is the textbook's, the cube root
-# of the precision, but no smaller than this: half precision needs a large one to stand out of its
-# rounding. Where the loss is curved a large one is off, so smaller ones follow before the gradient
-# is blamed.
+# Steps of the difference, in lengths of the direction. The first is half the cube root of the
+# precision (the cube root is the textbook's), but no smaller than this. Measured on a shrunken
+# U-Net in bf16: 0.2 is 4 % off by the loss's curvature, 0.1 and 0.05 by 1 %, 0.025 by 2 %, which
+# is rounding. Smaller steps follow before the gradient is blamed.
 SMALLEST_FIRST_STEP = 0.02
 SHRINK, TRIES = 4, 3
 # How much the loss should change along the direction of matrices that start from nothing.
@@ -64,7 +64,7 @@ def check_gradient(
     direction = _direction(start, gradients)
     slope = sum(float((gradients[name] * direction[name]).sum()) for name in factors)
     rounding = torch.finfo(dtype).eps
-    step = max(SMALLEST_FIRST_STEP, rounding ** (1 / 3))
+    step = max(SMALLEST_FIRST_STEP, rounding ** (1 / 3) / 2)
 
     def along(direction: Mapping[str, Tensor], step: float) -> float:
         ends = []
