@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class EncodedPrompts:
         null: the null prompt.
         negatives: the negative prompts.
         keep: the keep prompts with their texts, most important first.
+        plain: plain captions that are held like keep prompts, where nothing else protects the
+            prompts nobody named.
     """
 
     pairs: list[EncodedPair]
@@ -32,6 +34,12 @@ class EncodedPrompts:
     null: Encoded
     negatives: list[Encoded]
     keep: list[tuple[str, Encoded]]
+    plain: list[Encoded] = field(default_factory=list)
+
+    @property
+    def held(self) -> list[Encoded]:
+        """What the soft form holds beside the null prompt."""
+        return [*self.negatives, *(prompt for _, prompt in self.keep), *self.plain]
 
     def tensors(self) -> list[Tensor]:
         """All embeddings, in a fixed order."""
@@ -65,9 +73,11 @@ def encode_prompts(settings: EraseSettings, denoiser: Denoiser) -> EncodedPrompt
 def _edit(
     pairs: Sequence[PromptPair], encoded: dict[str, Encoded], ids: dict[str, list[int]]
 ) -> TokenEdit:
-    sources = [encoded[pair.erased].tokens for pair in pairs]
-    targets = [
-        encoded[pair.alternative].tokens[align_tokens(ids[pair.erased], ids[pair.alternative])]
-        for pair in pairs
-    ]
+    sources, targets = [], []
+    for pair in pairs:
+        erased, alternative = encoded[pair.erased].tokens, encoded[pair.alternative].tokens
+        # An encoder that isn't there leaves ids without rows.
+        own, other = ids[pair.erased][: len(erased)], ids[pair.alternative][: len(alternative)]
+        sources.append(erased)
+        targets.append(alternative[align_tokens(own, other)])
     return TokenEdit(torch.cat(sources), torch.cat(targets))

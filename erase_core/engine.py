@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import UNNAMED_PROMPTS, Checks, planned_checks, spread_over
 from .closed_form import ClosedForm, EditRegression
-from .denoiser import Denoiser, Encoded, LowRankEdit
+from .denoiser import Denoiser, LowRankEdit
 from .encoded import EncodedPrompts, encode_prompts
 from .erasure import Erasure
 from .fingerprint import fingerprint
@@ -44,6 +44,8 @@ LEAST_MOVED = 0.5
 # Weight of the alternative's and the approximate keep prompts' own second moment beside that of
 # ordinary language. They are few prompts among a thousand, but the user named them.
 NAMED_PROMPT_WEIGHT = 1.0
+# How many plain captions are held like keep prompts where there is no ridge.
+PLAIN_CAPTIONS = 8
 # The same for what the soft form must hold without a construction.
 SOFT_NULL_WEIGHT = 10.0
 
@@ -118,10 +120,16 @@ def erase(
         return
     captions = plain_captions(settings.captions)
     unnamed = spread(captions, UNNAMED_PROMPTS)
-    moment = yield from run.language([c for c in captions if c not in unnamed], language_cache)
-    exact = _exact(settings, prompts)
-    moment = moment + _named_moment(settings, prompts, exact)
+    others = [caption for caption in captions if caption not in unnamed]
     readers = {name: w for name, w in run.matrices.items() if reads_prompt(name)}
+    exact, moment = _exact(settings, prompts), torch.zeros(1, 1)
+    if readers:
+        moment = yield from run.language(others, language_cache)
+        moment = moment + _named_moment(settings, prompts, exact)
+    else:
+        plain = denoiser.encode(spread(others, PLAIN_CAPTIONS))
+        prompts = dataclasses.replace(prompts, plain=plain)
+        run.plan(prompts)
     training, held_out, kept_states = yield from run.sample(prompts)
     choice = None
     if readers:
@@ -133,7 +141,7 @@ def erase(
     solution = choice.solution if choice else None
     edit = _start(settings, solution, run.matrices)
     if settings.steps:
-        pool = Pool(prompts.pairs, training, prompts.null, _held(prompts), kept_states)
+        pool = Pool(prompts.pairs, training, prompts.null, prompts.held, kept_states)
         trainer = SurgeryTrainer(
             run.denoiser,
             pool,
@@ -173,7 +181,8 @@ class _Run:
 
     def plan(self, prompts: EncodedPrompts) -> None:
         """Know what the run will cost at most."""
-        self._plan = planned_cost(self.settings, pooled=prompts.null.pooled is not None)
+        pooled = prompts.null.pooled is not None
+        self._plan = planned_cost(self.settings, pooled, len(prompts.plain))
 
     def progress(self, stage: str) -> Progress:
         loss = self.losses[-1] if self.losses else None
@@ -200,8 +209,7 @@ class _Run:
             pool = yield from self._pairs(prompts, training, "Sampling states")
         held_out = yield from self._pairs(prompts, checking, "Sampling states to check on")
         _refuse_if_nothing_to_move(self.settings, held_out if pool is None else pool)
-        kept = _held(prompts)
-        kept_states = None
+        kept, kept_states = prompts.held, None
         if self.settings.form == "soft" and kept:
             noise = torch.randn(len(kept), *self._shape, generator=self.generator)
             wanted = Trajectories([[k] for k in kept], [0] * len(kept), range(len(kept)), noise)
@@ -364,17 +372,18 @@ class _Run:
             yield self.progress(stage.format(item))
 
 
-def planned_cost(settings: EraseSettings, pooled: bool) -> dict[str, int]:
+def planned_cost(settings: EraseSettings, pooled: bool, plain: int = 0) -> dict[str, int]:
     """Forward-equivalents of a run by stage, at most.
 
     Args:
         pooled: whether the model takes pooled vectors.
+        plain: how many plain captions are held like keep prompts.
     """
     if not settings.samples:
         return {}
     training, held_out = _trajectory_counts(settings)
     soft = settings.form == "soft"
-    kept = len(settings.keep) + len(settings.negative_prompts) if soft else 0
+    kept = len(settings.keep) + len(settings.negative_prompts) + plain if soft else 0
     concepts = len(settings.concepts)
     tried = 0 if settings.protection is not None else tried_states(settings) * EXPECTED_TRIES
     stops = settings.steps // STOP_EVERY if settings.stop_below else 0
@@ -402,21 +411,16 @@ def tried_states(settings: EraseSettings) -> int:
     return max(TRIED_STATES, 3 * len(settings.concepts))
 
 
-def _held(prompts: EncodedPrompts) -> list[Encoded]:
-    """What the soft form holds beside the null prompt."""
-    return [*prompts.negatives, *(prompt for _, prompt in prompts.keep)]
-
-
 def _exact(settings: EraseSettings, prompts: EncodedPrompts) -> ExactSet:
     """The exact set of the hard form; in the soft form nothing is exact."""
-    changes = [edit.change for edit in prompts.edits]
     if settings.form == "hard":
+        changes = [edit.change for edit in prompts.edits]
         required = [prompt.tokens for prompt in (prompts.null, *prompts.negatives)]
         keep = [(text, prompt.tokens) for text, prompt in prompts.keep]
         return exact_set(changes, required, keep)
     nothing = torch.zeros(prompts.null.tokens.shape[1], 0, dtype=torch.float64)
     kept = [KeptPrompt(text, False, 1.0) for text, _ in prompts.keep]
-    return ExactSet(nothing, [1.0] * len(changes), kept)
+    return ExactSet(nothing, [1.0] * len(prompts.edits), kept)
 
 
 def _named_moment(settings: EraseSettings, prompts: EncodedPrompts, exact: ExactSet) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .layers import LAYER_RULES
+from .layers import LAYER_RULES, PROMPT_RULES
 
 KINDS = ("object", "style", "person", "tags")
 FORMS = ("hard", "soft")
@@ -162,10 +162,11 @@ class EraseSettings:
             )
 
     def _check_together(self) -> None:
-        if self.form == "hard" and self.layers != "key-value":
+        if self.form == "hard" and self.layers not in PROMPT_RULES:
             raise SettingsError(
-                f"The hard form works on the key and value matrices only, not on {self.layers!r}: "
-                "only they read the prompt and nothing else. Choose the soft form for other layers."
+                f"The hard form works on matrices that read the prompt and nothing else "
+                f"({', '.join(PROMPT_RULES)}), not on {self.layers!r}. Choose the soft form for "
+                "other layers."
             )
         if self.form == "soft" and self.steps == 0:
             raise SettingsError(
@@ -224,7 +225,7 @@ def preset_settings(
         raise SettingsError(f"Unknown preset {preset!r}. Choose one of: {', '.join(PRESETS)}.")
     given = {name: value for name, value in values.items() if value is not None}
     chosen = dict(PRESETS[preset])
-    if given.get("form") == "soft":
+    if {**(family or {}), **given}.get("form") == "soft":
         chosen |= SOFT_PRESETS.get(preset, {})
     chosen |= family or {}
     if distilled:

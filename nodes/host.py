@@ -29,16 +29,21 @@ from ..erase_core.denoiser import (
 from ..erase_core.families import Family
 from ..erase_core.fingerprint import fingerprint
 from ..erase_core.layers import matching
+from ..erase_core.settings import EraseSettings
 from .exact import WRAPPER_TYPE, is_side_path, side_paths
 from .identity import model_identity
+from .inplace import OutOfPlace
 
 # What the host's classes are to the engine: the configuration with its kin, and the model itself.
 FAMILIES = (
     (families.SD1, comfy.supported_models.SD15, comfy.model_base.BaseModel),
     (families.SD2, comfy.supported_models.SD20, comfy.model_base.BaseModel),
     (families.SDXL, comfy.supported_models.SDXL, comfy.model_base.SDXL),
+    (families.SD3, comfy.supported_models.SD3, comfy.model_base.SD3),
+    (families.FLUX, comfy.supported_models.Flux, comfy.model_base.Flux),
 )
 
+STREAM_IDS = 1_000_000  # more than any tokenizer has
 # A training step keeps activations that inference frees; the host moves other models out of the
 # way for this many times what it would reserve for sampling.
 TRAINING_MEMORY_FACTOR = 3
@@ -61,7 +66,7 @@ class ComfyDenoiser:
         base_name: name of the checkpoint, for the record.
         images: most images per prediction, for the host's memory planning.
         resolution: side of the pictures in pixels, likewise.
-        layers: which matrices train, see :mod:`erase_core.layers`.
+        layers: which matrices train, see :mod:`erase_core.layers`; None for the family's own.
 
     Raises:
         UnsupportedModelError: another family, an inpainting model.
@@ -75,7 +80,7 @@ class ComfyDenoiser:
         base_name: str,
         images: int,
         resolution: int,
-        layers: str = "key-value",
+        layers: str | None = None,
     ) -> None:
         self._family = model_family(model)
         self.family = self._family.name
@@ -114,8 +119,17 @@ class ComfyDenoiser:
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """See :class:`erase_core.denoiser.Denoiser`."""
-        encoded = [next(iter(self._clip.tokenize(prompt).values())) for prompt in prompts]
-        return [[token[0] for section in one for token in section] for one in encoded]
+        return [self._stream_ids(self._clip.tokenize(prompt)) for prompt in prompts]
+
+    def _stream_ids(self, tokens: Mapping[str, Any]) -> list[int]:
+        """Ids in the order of the rows; streams that follow one another share none."""
+        streams = [name for name in self._family.token_streams if name in tokens]
+        return [
+            token[0] + number * STREAM_IDS
+            for number, name in enumerate(streams or [next(iter(tokens))])
+            for section in tokens[name]
+            for token in section
+        ]
 
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
         """See :class:`erase_core.denoiser.Denoiser`."""
@@ -150,15 +164,30 @@ class ComfyDenoiser:
     ) -> Tensor:
         """See :class:`erase_core.denoiser.Denoiser`. Raises the host's interrupt."""
         comfy.model_management.throw_exception_if_processing_interrupted()
+        if self._family.joint and len({len(prompt.tokens) for prompt in prompts}) > 1:
+            return self._by_length(x, sigma, prompts, edit)
         tokens = stack_tokens(prompts).to(x.device)
         conditions = self._conditions(x, tokens, stack_pooled(prompts))
         options = {
             "optimized_attention_override": _differentiable_attention,
             "wrappers": {WRAPPER_TYPE: side_paths(self._model)},
         }
-        with self._side_path.active(edit):
+        out_of_place = OutOfPlace() if self._family.adds_in_place else contextlib.nullcontext()
+        with self._side_path.active(edit), out_of_place:
             x0 = self._twin.apply_model(x, sigma, transformer_options=options, **conditions)
         return x0.float()
+
+    def _by_length(
+        self, x: Tensor, sigma: Tensor, prompts: Sequence[Encoded], edit: LowRankEdit | None
+    ) -> Tensor:
+        """One forward for each length: in joint attention a repeated prompt would weigh more."""
+        lengths = torch.tensor([len(prompt.tokens) for prompt in prompts])
+        groups = [(lengths == length).nonzero().flatten() for length in lengths.unique()]
+        parts = [
+            self.predict_x0(x[group], sigma[group], [prompts[i] for i in group.tolist()], edit)
+            for group in groups
+        ]
+        return torch.cat(parts)[torch.cat(groups).argsort().to(x.device)]
 
     def _conditions(self, x: Tensor, tokens: Tensor, pooled: Tensor | None) -> dict[str, Tensor]:
         """What the host's samplers would hand to the model for these prompts."""
@@ -166,7 +195,10 @@ class ComfyDenoiser:
         if pooled is not None:
             given["pooled_output"] = pooled.to(x.device)
         conditions = self._model.model.extra_conds(**given)
-        return {name: condition.cond.to(x.device) for name, condition in conditions.items()}
+        return {
+            name: condition.process_cond(batch_size=len(x), device=x.device).cond.to(x.device)
+            for name, condition in conditions.items()
+        }
 
     def matrices(self) -> Mapping[str, Tensor]:
         """See :class:`erase_core.denoiser.Denoiser`."""
@@ -262,19 +294,20 @@ def original_weights(model, keys: Mapping[str, str]) -> dict[str, Tensor]:
     }
 
 
-def trained_keys(model, layers: str = "key-value") -> dict[str, str]:
-    """Host keys of the matrices that a layer rule takes, by kohya name.
+def trained_keys(model, layers: str | None = None) -> dict[str, str]:
+    """Host keys of the matrices that a layer rule takes, by kohya name; None is the family's own.
 
     Raises:
         LayerRuleError: the rule matches nothing.
     """
-    weights, begin = model.model.state_dict(), model_family(model).matrix_names
+    weights, family = model.model.state_dict(), model_family(model)
     keys = {
         name: key
         for name, key in kohya_keys(model).items()
-        if name.startswith(begin) and key in weights and weights[key].ndim == 2
+        if name.startswith(family.matrix_names) and key in weights and weights[key].ndim == 2
     }
-    return {name: keys[name] for name in matching(keys, layers)}
+    rule = layers or family.defaults.get("layers", EraseSettings.layers)
+    return {name: keys[name] for name in matching(keys, rule)}
 
 
 def base_fingerprint(model) -> list[float]:

@@ -23,6 +23,7 @@ from .schema import CATEGORY, ErasureType, compatible
 from .store import LanguageStore
 
 AS_PRESET = -1
+AUTO = "auto"  # as the model's family says
 DISTILLED_MODEL = "distilled"
 MODEL_TYPES = ("standard", DISTILLED_MODEL)
 _ADVANCED = {"advanced": True, "optional": True}
@@ -155,8 +156,12 @@ def settings_from_widgets(
             "captions",
         )
     }
-    as_they_are = ("keep", "negative_prompts", "kind", "templates", "form", "layers", "eta")
+    as_they_are = ("keep", "negative_prompts", "kind", "templates", "eta")
     as_they_are += ("drift_weight", "keep_weight", "null_score")
+    chosen = {
+        name: None if widgets.get(name, AUTO) == AUTO else widgets[name]
+        for name in ("form", "layers")
+    }
     return preset_settings(
         widgets.get("preset", "balanced"),
         distilled=widgets.get("model_type", MODEL_TYPES[0]) == DISTILLED_MODEL,
@@ -165,6 +170,7 @@ def settings_from_widgets(
         concepts=parse_concepts(widgets["erase"], widgets.get("replace_with") or ""),
         seed=widgets.get("training_seed", 0),
         **{name: widgets.get(name) for name in as_they_are},
+        **chosen,
         **numbers,
     )
 
@@ -270,20 +276,22 @@ def _advanced_inputs() -> list[Any]:
         compatible(
             io.Combo.Input,
             "form",
-            options=list(FORMS),
-            default=FORMS[0],
+            options=[AUTO, *FORMS],
+            default=AUTO,
             tooltip=(
-                "hard: the empty prompt and the kept prompts can't move at all. soft: they are "
-                "held by a penalty, as in the paper; needed to train other layers."
+                "auto: as the model allows, now always hard. hard: the empty prompt and the kept "
+                "prompts can't move at all. soft: they are held by a penalty, as in the paper; "
+                "needed to train other layers."
             ),
             **_ADVANCED,
         ),
         compatible(
             io.Combo.Input,
             "layers",
-            options=list(LAYER_RULES),
-            default=next(iter(LAYER_RULES)),
-            tooltip="What trains. Others than key-value need the soft form.",
+            options=[AUTO, *LAYER_RULES],
+            default=AUTO,
+            tooltip="What trains; auto: key-value on U-Nets, text-input on SD3 and Flux. Others "
+            "need the soft form.",
             **_ADVANCED,
         ),
         compatible(
