@@ -21,9 +21,9 @@ load_pack()
 import comfy.model_patcher  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
-from concept_surgery.erase_core.engine import planned_cost  # noqa: E402
+from concept_surgery.erase_core.engine import PLAIN_CAPTIONS, planned_cost  # noqa: E402
 from concept_surgery.erase_core.formats import kohya_tensors  # noqa: E402
-from concept_surgery.erase_core.layers import matching, reads_prompt  # noqa: E402
+from concept_surgery.erase_core.layers import reads_prompt  # noqa: E402
 from concept_surgery.erase_core.settings import EraseSettings, preset_settings  # noqa: E402
 from concept_surgery.nodes.host import model_family, trained_keys  # noqa: E402
 
@@ -74,12 +74,51 @@ ARCHITECTURES = {
         | {"num_heads": -1, "num_head_channels": 64},
     ),
     "SDXL": (comfy.supported_models.SDXL, SDXL),
+    "SD3 medium": (
+        comfy.supported_models.SD3,
+        {
+            "in_channels": 16,
+            "out_channels": 16,
+            "patch_size": 2,
+            "depth": 24,
+            "input_size": None,
+            "adm_in_channels": 2048,
+            "context_embedder_config": {
+                "target": "torch.nn.Linear",
+                "params": {"in_features": 4096, "out_features": 1536},
+            },
+            "num_patches": 192 * 192,
+            "pos_embed_max_size": 192,
+            "pos_embed_scaling_factor": None,
+            "x_block_self_attn_layers": [],
+        },
+    ),
+    "Flux dev": (
+        comfy.supported_models.Flux,
+        {
+            "image_model": "flux",
+            "in_channels": 16,
+            "out_channels": 16,
+            "patch_size": 2,
+            "vec_in_dim": 768,
+            "context_in_dim": 4096,
+            "hidden_size": 3072,
+            "mlp_ratio": 4.0,
+            "num_heads": 24,
+            "depth": 19,
+            "depth_single_blocks": 38,
+            "axes_dim": [16, 56, 56],
+            "theta": 10000,
+            "qkv_bias": True,
+            "guidance_embed": True,
+        },
+    ),
 }
 
 
 def on_meta(config_class, unet: dict):
     """The host's MODEL of an architecture, shapes only."""
-    config = config_class({**UNET, **unet})
+    config = config_class({**UNET, **unet} if "num_res_blocks" in unet else unet)
     config.set_inference_dtype(torch.float16, None)
     return comfy.model_patcher.ModelPatcher(config.get_model({}, "", device=META), META, META)
 
@@ -97,6 +136,7 @@ def row(name: str, model, form: str, layers: str) -> dict:
     )
     weights = model.model.state_dict()
     shapes = {n: tuple(weights[key].shape) for n, key in trained_keys(model, layers).items()}
+    plain = 0 if any(map(reads_prompt, shapes)) else PLAIN_CAPTIONS
     return {
         "model": name,
         "family": family.name,
@@ -107,7 +147,7 @@ def row(name: str, model, form: str, layers: str) -> dict:
         "values_trained": values_trained(shapes, settings),
         "file_mb": round(file_bytes(shapes, settings.rank) / 1e6, 1),
         "resolution": settings.resolution,
-        "forward_equivalents": sum(planned_cost(settings, family.pooled).values()),
+        "forward_equivalents": sum(planned_cost(settings, family.pooled, plain).values()),
     }
 
 
@@ -130,14 +170,11 @@ def main() -> None:
     rows = []
     for name, (config, unet) in ARCHITECTURES.items():
         model = on_meta(config, unet)
-        readers = trained_keys(model)
-        assert all(reads_prompt(matrix) for matrix in matching(readers, "key-value"))
-        for form, layers in (
-            ("hard", "key-value"),
-            ("soft", "key-value"),
-            ("soft", "cross-attention"),
-        ):
-            rows.append(row(name, model, form, layers))
+        own = model_family(model).defaults.get("layers", EraseSettings.layers)
+        assert all(map(reads_prompt, trained_keys(model)))
+        wider = "text-stream" if own == "text-input" else "cross-attention"
+        rows += [row(name, model, *what) for what in (("hard", own), ("soft", own))]
+        rows.append(row(name, model, "soft", wider))
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(rows, indent=2) + "\n")
     print("| model | form | layers | matrices | values trained | file | forward-equivalents |")

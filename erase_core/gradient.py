@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import LowRankEdit
+from .memory import out_of_memory
 
 MOST_APART = 0.05
 # Steps of the difference, in lengths of the direction. The first is half the cube root of the
@@ -56,7 +57,7 @@ def check_gradient(
             get no gradient.
     """
     factors = {name: (b.detach() / 2).requires_grad_() for name, b in start.factors.items()}
-    (loss(LowRankEdit(start.bases, factors)) * scale).backward()
+    _backward(loss(LowRankEdit(start.bases, factors)) * scale)
     gradients = {n: torch.zeros_like(b) if b.grad is None else b.grad for n, b in factors.items()}
     if scale > 1 and not all(gradient.isfinite().all() for gradient in gradients.values()):
         return check_gradient(loss, start, dtype, scale / 8)
@@ -91,6 +92,20 @@ def check_gradient(
         "this model or of a node upstream of it can't be trained through: take such nodes away, or "
         "use the preset 'instant', which needs no gradient."
     )
+
+
+def _backward(loss: Tensor) -> None:
+    """Raises :class:`GradientError` where autograd itself refuses."""
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise GradientError(
+            f"The model can't be trained through: {reason} Take away nodes that change how the "
+            "model runs, or use the preset 'instant', which needs no gradient."
+        ) from error
 
 
 def _apart(slope: float, difference: float) -> float:

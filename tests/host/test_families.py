@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import comfy.lora
+import contextlib
+
 import comfy.model_management
 import comfy.sampler_helpers
 import comfy.samplers
@@ -11,14 +12,16 @@ import comfy.utils
 import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
-from concept_surgery.erase_core import erase, preset_settings
+from concept_surgery.erase_core import GradientError, erase, preset_settings
 from concept_surgery.erase_core.denoiser import Encoded
 from concept_surgery.erase_core.report import report_text
+from concept_surgery.nodes import host
 from concept_surgery.nodes.apply import apply_erasure
 from concept_surgery.nodes.files import save_erasure
-from concept_surgery.nodes.host import ComfyDenoiser, encode_prompts
+from concept_surgery.nodes.host import ComfyDenoiser, encode_prompts, model_family
+from torch.utils.checkpoint import checkpoint
 
-from .small import load_family
+from .small import joint_model, load_family
 
 KEPT, NEGATIVE = "a photo of a tiger", "blurry"
 QUICK = {
@@ -36,18 +39,25 @@ QUICK = {
 
 
 def train(model, clip, **values):
-    settings = preset_settings("balanced", **{**QUICK, **values})
+    family = model_family(model).defaults
+    settings = preset_settings("balanced", family=family, **{**QUICK, **values})
     with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
         with ComfyDenoiser(model, clip, "small", 6, settings.resolution, settings.layers) as d:
             *_, last = erase(settings, d)
     return last.erasure
 
 
+def noisy(model, sigma: float, seed: int = 3) -> torch.Tensor:
+    """A latent of pure noise at a level."""
+    shape = (1, model.model.latent_format.latent_channels, 8, 8)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return noise * (sigma if shape[1] == 16 else (1 + sigma**2) ** 0.5)
+
+
 def sampled_x0(model, prompt: Encoded, sigma: float, seed: int = 3) -> torch.Tensor:
     """x0 as the host's samplers get it for a CONDITIONING."""
     comfy.model_management.load_models_gpu([model])
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
-    x = noise * (1 + sigma**2) ** 0.5
+    x = noisy(model, sigma, seed)
     extra = {} if prompt.pooled is None else {"pooled_output": prompt.pooled[None]}
     conds = {"positive": comfy.sampler_helpers.convert_cond([[prompt.tokens[None], extra]])}
     with torch.inference_mode():
@@ -61,9 +71,8 @@ def sampled_x0(model, prompt: Encoded, sigma: float, seed: int = 3) -> torch.Ten
 
 
 def relative_change(model, patched, prompt: Encoded, sigma: float = 2.0) -> float:
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     before, after = (sampled_x0(m, prompt, sigma) for m in (model, patched))
-    return float((after - before).norm() / (noise * (1 + sigma**2) ** 0.5 - before).norm())
+    return float((after - before).norm() / (noisy(model, sigma) - before).norm())
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +184,74 @@ def test_sd2_with_v_prediction_and_zero_terminal_snr_is_erased(sd2):
         assert relative_change(model, patched, null, sigma) <= 1e-5
         assert relative_change(model, patched, kept, sigma) <= 1e-5
     assert relative_change(model, patched, erased) > 0.02
+
+
+@pytest.fixture(scope="module", params=["sd3", "flux"])
+def joint(request):
+    return joint_model(request.param)
+
+
+def test_joint_attention_is_asked_as_the_hosts_samplers_ask_it(joint):
+    """Prompts of different length too, which can't be repeated there."""
+    model, clip = joint
+    prompts = encode_prompts(clip, ["a cat", "a cat " * 60, "a dog"], pooled=True)
+    assert {len(prompt.tokens) for prompt in prompts} == {77, 154}
+    expected = [sampled_x0(model, prompt, 0.7) for prompt in prompts]
+    with torch.inference_mode(False), ComfyDenoiser(model, clip, "", 6, 64) as denoiser:
+        assert denoiser.loss_weight(torch.tensor([0.1, 0.9])).tolist() == pytest.approx([1, 1])
+        x = noisy(model, 0.7).repeat(3, 1, 1, 1)
+        with torch.no_grad():
+            together = denoiser.predict_x0(x, torch.full((3,), 0.7), prompts)
+    torch.testing.assert_close(together, torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_joint_attention_is_erased_where_the_prompt_enters(joint, tmp_path):
+    model, clip = joint
+    erasure = train(model, clip)
+    record, measures = erasure.record, erasure.record["measures"]
+    assert len(erasure.factors) == 1 and record["form"] == "hard"
+    assert measures["moved_held_out"]["overall"] >= 0.9
+    assert record["gradient_apart"] <= 0.01
+    assert "Experimental on this family" in report_text(record)
+    patched = apply_erasure(model, erasure, 1.0)
+    null, kept, erased = encode_prompts(clip, ["", KEPT, "a photo of a cat"], pooled=True)
+    for prompt in (null, null.zeroed(), kept):
+        for sigma in (0.2, 0.9):
+            assert relative_change(model, patched, prompt, sigma) <= 1e-5
+    changed = relative_change(model, patched, erased, 0.7)
+    assert changed > 0.01
+    path = save_erasure(erasure, tmp_path, "cat")
+    with torch.inference_mode():
+        file = comfy.utils.load_torch_file(str(path))
+        stock, _ = comfy.sd.load_lora_for_models(model, None, file, 1.0, 0.0)
+    assert relative_change(model, stock, erased, 0.7) == changed
+
+
+def test_fluxs_blocks_are_trained_through_checkpointed_or_not_and_only_with_the_remedy(monkeypatch):
+    model, clip = joint_model("flux")
+
+    class Checkpointed(ComfyDenoiser):
+        def __enter__(self):
+            entered = super().__enter__()
+            network = self._twin.diffusion_model
+            forward = network.forward
+
+            def again(*given, **named):
+                edit = self._side_path._edit
+
+                def run(*given):
+                    with self._side_path.active(edit), host.OutOfPlace():
+                        return forward(*given, **named)
+
+                return checkpoint(run, *given, use_reentrant=False)
+
+            network.forward = again
+            return entered
+
+    whole = ComfyDenoiser
+    monkeypatch.setitem(globals(), "ComfyDenoiser", Checkpointed)
+    assert train(model, clip, steps=1).record["gradient_apart"] <= 0.01
+    monkeypatch.setitem(globals(), "ComfyDenoiser", whole)
+    monkeypatch.setattr(host, "OutOfPlace", contextlib.nullcontext)
+    with pytest.raises(GradientError, match="can't be trained through: .*inplace"):
+        train(model, clip, steps=1)
