@@ -234,7 +234,8 @@ def main() -> None:
     with torch.inference_mode():
         model, clip = comfy.sd.load_checkpoint_guess_config(str(checkpoint()), output_vae=False)[:2]
     erasure = trained(model, clip)
-    tokens = dict(zip(PROMPTS, encode_prompts(clip, list(PROMPTS.values())), strict=True))
+    encoded = encode_prompts(clip, list(PROMPTS.values()))
+    tokens = {name: prompt.tokens for name, prompt in zip(PROMPTS, encoded, strict=True)}
     by_dtype = {}
     for name, dtype in DTYPES.items():
         stored = model_in(dtype)

@@ -25,7 +25,7 @@ import comfy.model_patcher  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
 from concept_surgery.erase_core import erase, preset_settings  # noqa: E402
-from concept_surgery.erase_core.denoiser import LowRankEdit  # noqa: E402
+from concept_surgery.erase_core.denoiser import Encoded, LowRankEdit  # noqa: E402
 from concept_surgery.erase_core.states import EncodedPair, States  # noqa: E402
 from concept_surgery.erase_core.trainer import Pool, Ridge, SurgeryTrainer  # noqa: E402
 from concept_surgery.nodes.host import ComfyDenoiser  # noqa: E402
@@ -89,7 +89,7 @@ def trainer_on(denoiser: ComfyDenoiser, resolution: int) -> SurgeryTrainer:
     guidance = torch.stack(latents[2:], dim=1)
     sigma = torch.full((settings.batch,), 2.0)
     states = States(latents[0], sigma, latents[1], guidance, index)
-    erased, alternative, null = torch.randn(3, TOKENS, WIDTH, generator=generator)
+    erased, alternative, null = map(Encoded, torch.randn(3, TOKENS, WIDTH, generator=generator))
     pool = Pool([EncodedPair(erased, alternative)], states, null)
     basis = torch.linalg.qr(torch.randn(WIDTH, RANK, generator=generator)).Q
     zeros = {n: torch.zeros(w.shape[0], RANK) for n, w in denoiser.matrices().items()}
@@ -101,10 +101,10 @@ def trainer_on(denoiser: ComfyDenoiser, resolution: int) -> SurgeryTrainer:
 def bare_step(denoiser: ComfyDenoiser, trainer: SurgeryTrainer) -> None:
     """Forward and backward of the same batch with the same trained values, nothing else."""
     states = trainer._pool.states
-    tokens = trainer._pool.pairs[0].erased.expand(len(states), -1, -1)
+    prompts = [trainer._pool.pairs[0].erased] * len(states)
     for factor in trainer.edit.factors.values():
         factor.grad = None
-    denoiser.predict_x0(states.x, states.sigma, tokens, trainer.edit).square().mean().backward()
+    denoiser.predict_x0(states.x, states.sigma, prompts, trainer.edit).square().mean().backward()
 
 
 def timed(action) -> float:
@@ -159,9 +159,9 @@ def child(what: str) -> None:
             trainer.step(torch.arange(2))
         else:
             states = trainer._pool.states
-            tokens = trainer._pool.pairs[0].erased.expand(2, -1, -1)
+            prompts = [trainer._pool.pairs[0].erased] * 2
             with torch.no_grad():
-                d.predict_x0(states.x, states.sigma, tokens)
+                d.predict_x0(states.x, states.sigma, prompts)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 

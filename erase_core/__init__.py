@@ -2,6 +2,7 @@
 
 from .engine import Finished, Progress, erase
 from .erasure import Erasure, ErasureFileError
+from .gradient import GradientError
 from .report import report_text
 from .settings import KINDS, PRESETS, EraseSettings, SettingsError, preset_settings
 from .states import PredictionError
@@ -15,6 +16,7 @@ __all__ = [
     "Erasure",
     "ErasureFileError",
     "Finished",
+    "GradientError",
     "PredictionError",
     "Progress",
     "SettingsError",

@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser, LowRankEdit
+from .denoiser import Denoiser, Encoded, LowRankEdit
 from .encoded import EncodedPrompts
 from .layers import reads_prompt
-from .measure import key_value_drift, movement_on, movement_sampled, prompt_drift
+from .measure import (
+    key_value_drift,
+    movement_on,
+    movement_sampled,
+    pooled_leak,
+    prompt_drift,
+)
 from .settings import EraseSettings
 from .states import EncodedPair, Sampling, States, draw_pairs
 from .subspace import ExactSet, leakage
@@ -22,6 +28,7 @@ SAMPLED_TRAJECTORIES = 2
 SAMPLED_STEPS = 6
 NULL_STATES = 2
 UNNAMED_PROMPTS = 8
+POOLED_STATES = 3
 
 PREDICTION, KEYS_AND_VALUES = "prediction", "keys and values"
 
@@ -57,16 +64,21 @@ class Checks:
         Without sampled states the drifts are those of keys and values, which need no prediction,
         and nothing is said about predictions.
         """
-        measures: dict[str, Any] = {"moved_held_out": None, "moved_sampled": None}
+        measures: dict[str, Any] = {
+            "moved_held_out": None,
+            "moved_sampled": None,
+            "pooled": None,
+        }
         if held_out is not None:
             wanted = checked_states(self._settings, len(held_out))
             checked = spread_over(held_out, self._prompts.pairs, wanted)
             measures |= yield from self._movements(edit, checked)
+            measures["pooled"] = yield from self._pooled(edit, checked)
         else:
             checked = None
         measures |= yield from self._drifts(edit, checked, exact, unnamed)
         bases = {id(basis): basis for basis in edit.bases.values() if self._settings.form == "hard"}
-        leaks = [leakage(basis.cpu(), self._prompts.null) for basis in bases.values()]
+        leaks = [leakage(basis.cpu(), self._prompts.null.tokens) for basis in bases.values()]
         return {**measures, "null_leakage": max(leaks, default=None)}
 
     def _movements(self, edit: LowRankEdit, checked: States) -> Iterator[str]:
@@ -96,23 +108,34 @@ class Checks:
             "moved_sampled": dataclasses.asdict(on_sampled),
         }
 
+    def _pooled(self, edit: LowRankEdit, checked: States) -> Iterator[str]:
+        """What goes through the pooled vector; None on models without one."""
+        if self._prompts.null.pooled is None:
+            return None
+        states = checked[evenly(len(checked), POOLED_STATES)]
+        pairs, eta = self._prompts.pairs, self._settings.eta
+        leak = pooled_leak(self._denoiser, pairs, states, edit, eta, self._batch)
+        return (yield from _saying(leak, "Checking the pooled vector"))
+
     def _drifts(
         self, edit: LowRankEdit, checked: States | None, exact: ExactSet, unnamed: Sequence[str]
     ) -> Iterator[str]:
         prompts, settings = self._prompts, self._settings
 
-        def drift(tokens: Sequence[Tensor]) -> Iterator[str]:
+        def drift(asked: Sequence[Encoded]) -> Iterator[str]:
             return (
-                yield from _saying(self._drift(edit, tokens, checked), "Checking what must stay")
+                yield from _saying(self._drift(edit, asked, checked), "Checking what must stay")
             )
 
         null = yield from drift([prompts.null] * NULL_STATES)
-        kept = yield from drift([rows for _, rows in prompts.keep])
+        zeroed = yield from drift([prompts.null.zeroed()])
+        kept = yield from drift([prompt for _, prompt in prompts.keep])
         negatives = yield from drift(prompts.negatives)
         others = yield from drift(self._denoiser.encode(unnamed))
         return {
             "drift_of": KEYS_AND_VALUES if checked is None else PREDICTION,
             "null_drift": max(null),
+            "zeroed_drift": max(zeroed),
             "negative_prompts": _with_texts(settings.negative_prompts, negatives),
             "kept": [
                 {**dataclasses.asdict(prompt), "drift": change}
@@ -123,29 +146,31 @@ class Checks:
         }
 
     def _drift(
-        self, edit: LowRankEdit, tokens: Sequence[Tensor], checked: States | None
+        self, edit: LowRankEdit, asked: Sequence[Encoded], checked: States | None
     ) -> Iterator[int]:
         """Drift of each prompt: at one state each, the states spread over the noise levels."""
         if checked is not None:
-            states = checked[evenly(len(checked), len(tokens))]
-            return (yield from prompt_drift(self._denoiser, tokens, states, edit, self._batch))
+            states = checked[evenly(len(checked), len(asked))]
+            return (yield from prompt_drift(self._denoiser, asked, states, edit, self._batch))
         readers = {name: w for name, w in self._matrices.items() if reads_prompt(name)}
-        return [key_value_drift(edit, readers, rows) for rows in tokens]
+        return [key_value_drift(edit, readers, prompt.tokens) for prompt in asked]
 
 
-def planned_checks(settings: EraseSettings, held_out: int) -> int:
+def planned_checks(settings: EraseSettings, held_out: int, pooled: bool) -> int:
     """Forward-equivalents of the checks.
 
     Args:
         held_out: how many trajectories are held out.
+        pooled: whether the model takes pooled vectors.
     """
     prompts = len(settings.keep) + len(settings.negative_prompts) + UNNAMED_PROMPTS
     sampled = 4 if settings.form == "hard" else 5
     return (
         checked_states(settings, held_out * settings.sampling_steps)
         + sampled * SAMPLED_TRAJECTORIES * SAMPLED_STEPS
-        + 2 * NULL_STATES
+        + 2 * (NULL_STATES + 1)
         + 2 * prompts
+        + 2 * POOLED_STATES * pooled
     )
 
 

@@ -46,6 +46,28 @@ class LowRankEdit:
         )
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as the text encoder gives it, float32 on the CPU.
+
+    Attributes:
+        tokens: token embeddings, (tokens, width).
+        pooled: the pooled vector of models that take one beside the tokens, (size,); else None.
+    """
+
+    tokens: Tensor
+    pooled: Tensor | None = None
+
+    def zeroed(self) -> Encoded:
+        """The same shapes filled with zeros: what some workflows use as the null prompt."""
+        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
+        return Encoded(torch.zeros_like(self.tokens), pooled)
+
+    def tensors(self) -> list[Tensor]:
+        """The embeddings that there are."""
+        return [self.tokens] if self.pooled is None else [self.tokens, self.pooled]
+
+
 class Denoiser(Protocol):
     """The model as the engine sees it. A host adapter fulfils this; nothing else is asked of it.
 
@@ -58,18 +80,21 @@ class Denoiser(Protocol):
         identity: a name for the model as it is trained on, for finding results again: the same
             when it is loaded another time, another one when anything that training sees differs.
         device: where predictions run.
+        dtype: the precision they are computed in.
     """
 
     family: str
     base: Mapping[str, Any]
     identity: str
     device: torch.device
+    dtype: torch.dtype
 
-    def encode(self, prompts: Sequence[str], together: bool = False) -> list[Tensor]:
-        """Token embeddings of each prompt, (tokens, width) float32 on the CPU.
+    def encode(self, prompts: Sequence[str], together: bool = False) -> list[Encoded]:
+        """The embeddings of each prompt.
 
         Prompts are encoded one by one, exactly as the host will when it samples;
-        ``together`` allows batches, whose rounding may differ in the last digits.
+        ``together`` allows batches without pooled vectors, whose rounding may differ in the last
+        digits.
         """
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -84,10 +109,21 @@ class Denoiser(Protocol):
     def noisy_latent(self, noise: Tensor, sigma: Tensor) -> Tensor:
         """The starting latent (n, c, h, w): pure noise scaled to ``sigma`` (scalar)."""
 
+    def loss_weight(self, sigma: Tensor) -> Tensor:
+        """w(sigma), (n,): what a squared difference of eps counts at each noise level.
+
+        It turns differences of eps into differences of what the network itself puts out: 1 for
+        networks that predict eps or a flow's velocity, ``1 + sigma^2`` for those that predict v.
+        """
+
     def predict_x0(
-        self, x: Tensor, sigma: Tensor, tokens: Tensor, edit: LowRankEdit | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        prompts: Sequence[Encoded],
+        edit: LowRankEdit | None = None,
     ) -> Tensor:
-        """x0 under the prompts: x (n, c, h, w), sigma (n,), tokens (n, length, width).
+        """x0 under the prompts, one for each latent: x (n, c, h, w), sigma (n,), on any device.
 
         Differentiable in the factors of ``edit``; without an edit it is the original model.
         """
@@ -180,11 +216,19 @@ class LowRankSidePath:
         return add
 
 
-def stack_tokens(prompts: Sequence[Tensor]) -> Tensor:
-    """One batch (n, length, width) of prompts (tokens, width) that may differ in length.
+def stack_tokens(prompts: Sequence[Encoded]) -> Tensor:
+    """One batch (n, length, width) of prompts that may differ in length, for cross-attention.
 
     Shorter ones are repeated up to the least common multiple, as the hosts do: attention over a
     key set in which every key occurs equally often is attention over the set itself.
     """
-    length = lcm(*(tokens.shape[0] for tokens in prompts))
-    return torch.stack([tokens.repeat(length // tokens.shape[0], 1) for tokens in prompts])
+    every = [prompt.tokens for prompt in prompts]
+    length = lcm(*(tokens.shape[0] for tokens in every))
+    return torch.stack([tokens.repeat(length // tokens.shape[0], 1) for tokens in every])
+
+
+def stack_pooled(prompts: Sequence[Encoded]) -> Tensor | None:
+    """The pooled vectors of a batch, (n, size); None where the model takes none."""
+    if any(prompt.pooled is None for prompt in prompts):
+        return None
+    return torch.stack([prompt.pooled for prompt in prompts])

@@ -1,16 +1,16 @@
-"""The texts of a run as token embeddings."""
+"""The texts of a run as the text encoder gives them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .alignment import align_tokens
 from .closed_form import TokenEdit
-from .denoiser import Denoiser
+from .denoiser import Denoiser, Encoded
 from .prompts import PromptPair, prompt_pairs
 from .settings import EraseSettings
 from .states import EncodedPair
@@ -18,7 +18,7 @@ from .states import EncodedPair
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """Token embeddings (tokens, width) of every prompt that a run names.
+    """Every prompt that a run names.
 
     Attributes:
         pairs: the prompt pairs of all concepts.
@@ -26,18 +26,27 @@ class EncodedPrompts:
         null: the null prompt.
         negatives: the negative prompts.
         keep: the keep prompts with their texts, most important first.
+        plain: plain captions that are held like keep prompts, where nothing else protects the
+            prompts nobody named.
     """
 
     pairs: list[EncodedPair]
     edits: list[TokenEdit]
-    null: Tensor
-    negatives: list[Tensor]
-    keep: list[tuple[str, Tensor]]
+    null: Encoded
+    negatives: list[Encoded]
+    keep: list[tuple[str, Encoded]]
+    plain: list[Encoded] = field(default_factory=list)
+
+    @property
+    def held(self) -> list[Encoded]:
+        """What the soft form holds beside the null prompt."""
+        return [*self.negatives, *(prompt for _, prompt in self.keep), *self.plain]
 
     def tensors(self) -> list[Tensor]:
         """All embeddings, in a fixed order."""
-        pairs = [rows for pair in self.pairs for rows in (pair.erased, pair.alternative)]
-        return [*pairs, self.null, *self.negatives, *(rows for _, rows in self.keep)]
+        prompts = [prompt for pair in self.pairs for prompt in (pair.erased, pair.alternative)]
+        prompts += [self.null, *self.negatives, *(prompt for _, prompt in self.keep)]
+        return [tensor for prompt in prompts for tensor in prompt.tensors()]
 
 
 def encode_prompts(settings: EraseSettings, denoiser: Denoiser) -> EncodedPrompts:
@@ -48,12 +57,12 @@ def encode_prompts(settings: EraseSettings, denoiser: Denoiser) -> EncodedPrompt
     """
     pairs = prompt_pairs(settings)
     texts = dict.fromkeys(text for pair in pairs for text in (pair.erased, pair.alternative))
-    rows = dict(zip(texts, denoiser.encode(list(texts)), strict=True))
+    encoded = dict(zip(texts, denoiser.encode(list(texts)), strict=True))
     ids = dict(zip(texts, denoiser.token_ids(list(texts)), strict=True))
     return EncodedPrompts(
-        pairs=[EncodedPair(rows[p.erased], rows[p.alternative], p.concept) for p in pairs],
+        pairs=[EncodedPair(encoded[p.erased], encoded[p.alternative], p.concept) for p in pairs],
         edits=[
-            _edit([pair for pair in pairs if pair.concept == concept], rows, ids)
+            _edit([pair for pair in pairs if pair.concept == concept], encoded, ids)
             for concept in range(len(settings.concepts))
         ],
         null=denoiser.encode([""])[0],
@@ -63,11 +72,13 @@ def encode_prompts(settings: EraseSettings, denoiser: Denoiser) -> EncodedPrompt
 
 
 def _edit(
-    pairs: Sequence[PromptPair], rows: dict[str, Tensor], ids: dict[str, list[int]]
+    pairs: Sequence[PromptPair], encoded: dict[str, Encoded], ids: dict[str, list[int]]
 ) -> TokenEdit:
-    sources = [rows[pair.erased] for pair in pairs]
-    targets = [
-        rows[pair.alternative][align_tokens(ids[pair.erased], ids[pair.alternative])]
-        for pair in pairs
-    ]
+    sources, targets = [], []
+    for pair in pairs:
+        erased, alternative = encoded[pair.erased].tokens, encoded[pair.alternative].tokens
+        # An encoder that isn't there leaves ids without rows.
+        own, other = ids[pair.erased][: len(erased)], ids[pair.alternative][: len(alternative)]
+        sources.append(erased)
+        targets.append(alternative[align_tokens(own, other)])
     return TokenEdit(torch.cat(sources), torch.cat(targets))

@@ -28,7 +28,7 @@ from .record import VERSION
 from .settings import EraseSettings
 from .states import Sampling, States, Trajectories, draw_pairs, sample_states
 from .subspace import ExactSet, KeptPrompt, SubspaceError, exact_set
-from .trainer import Pool, Ridge, SurgeryTrainer, TrainingError
+from .trainer import DivergedError, Pool, Ridge, SurgeryTrainer, TrainingError
 
 # States on which a protection is tried, and the early stop is decided: few, since they are only
 # compared with each other.
@@ -36,12 +36,15 @@ TRIED_STATES = 12
 EXPECTED_TRIES = 2
 STOP_STATES = 6
 STOP_EVERY = 10
+CHECKED_GRADIENT = 5  # one image forward and backward, and forward at both ends of a difference
 # A concept of which less than this moves is not erased; better to say so than to hand it on.
 LEAST_MOVED = 0.5
 
 # Weight of the alternative's and the approximate keep prompts' own second moment beside that of
 # ordinary language. They are few prompts among a thousand, but the user named them.
 NAMED_PROMPT_WEIGHT = 1.0
+# How many plain captions are held like keep prompts where there is no ridge.
+PLAIN_CAPTIONS = 8
 # The same for what the soft form must hold without a construction.
 SOFT_NULL_WEIGHT = 10.0
 
@@ -101,11 +104,12 @@ def erase(
 
     Raises:
         SettingsError, LayerRuleError, NoStoredResultError, SubspaceError, PredictionError,
-            TrainingError: see there.
+            GradientError, TrainingError: see there.
     """
     run = _Run(settings, denoiser)
     yield run.progress("Reading the prompts")
     prompts = encode_prompts(settings, denoiser)
+    run.plan(prompts)
     key = ""
     if results is not None:
         key = result_key(settings, prompts.tensors(), denoiser.identity, VERSION)
@@ -115,21 +119,29 @@ def erase(
         return
     captions = plain_captions(settings.captions)
     unnamed = spread(captions, UNNAMED_PROMPTS)
-    moment = yield from run.language([c for c in captions if c not in unnamed], language_cache)
-    unnamed = [c for c in unnamed if c not in run.named(unnamed)]
-    exact = _exact(settings, prompts)
-    moment = moment + _named_moment(settings, prompts, exact)
+    others = [caption for caption in captions if caption not in unnamed]
+    unnamed = [caption for caption in unnamed if caption not in run.named(unnamed)] or unnamed
     readers = {name: w for name, w in run.matrices.items() if reads_prompt(name)}
+    exact, moment = _exact(settings, prompts), torch.zeros(1, 1)
+    if readers:
+        moment = yield from run.language(others, language_cache)
+        moment = moment + _named_moment(settings, prompts, exact)
+    else:
+        plain = denoiser.encode(spread(others, PLAIN_CAPTIONS))
+        prompts = dataclasses.replace(prompts, plain=plain)
+        run.plan(prompts)
     training, held_out, kept_states = yield from run.sample(prompts)
     choice = None
     if readers:
         regression = EditRegression(prompts.edits, exact.basis, moment, readers)
         choice = yield from run.choose(regression, prompts, held_out, readers)
-        _refuse_if_too_little_moves(settings, choice.moved)
+        # What comes through a pooled vector can't be moved; that is reported, not refused.
+        reached = choice.moved if prompts.null.pooled is None else choice.solution.moved
+        _refuse_if_too_little_moves(settings, reached)
     solution = choice.solution if choice else None
     edit = _start(settings, solution, run.matrices)
     if settings.steps:
-        pool = Pool(prompts.pairs, training, prompts.null, _held(prompts), kept_states)
+        pool = Pool(prompts.pairs, training, prompts.null, prompts.held, kept_states)
         trainer = SurgeryTrainer(
             run.denoiser,
             pool,
@@ -139,6 +151,7 @@ def erase(
             choice.ridge / solution.distance if choice else 0.0,
             settings,
         )
+        yield from run.check_gradient(trainer)
         yield from run.train(trainer, prompts, held_out, should_stop)
         edit = trainer.result()
     checks = Checks(settings, run.denoiser, prompts, run.matrices, run.generator)
@@ -159,10 +172,17 @@ class _Run:
         self.matrices = dict(denoiser.matrices())
         self.losses: list[float] = []
         self.converged = False
+        self.gradient_apart: float | None = None
+        self.ended_by = ""  # what ended training before its time, in words
         self.generator = torch.Generator().manual_seed(settings.seed)
         self._started = time.monotonic()
         self._shape = denoiser.latent_shape(settings.resolution)
-        self._plan = self._planned_cost()
+        self._plan: dict[str, int] = {}
+
+    def plan(self, prompts: EncodedPrompts) -> None:
+        """Know what the run will cost at most."""
+        pooled = prompts.null.pooled is not None
+        self._plan = planned_cost(self.settings, pooled, len(prompts.plain))
 
     def progress(self, stage: str) -> Progress:
         loss = self.losses[-1] if self.losses else None
@@ -187,14 +207,13 @@ class _Run:
         """
         if not self.settings.samples:
             return None, None, None
-        training, checking = self._trajectory_counts()
+        training, checking = _trajectory_counts(self.settings)
         pool = None
         if training:
             pool = yield from self._pairs(prompts, training, "Sampling states")
         held_out = yield from self._pairs(prompts, checking, "Sampling states to check on")
         _refuse_if_nothing_to_move(self.settings, held_out if pool is None else pool)
-        kept = _held(prompts)
-        kept_states = None
+        kept, kept_states = prompts.held, None
         if self.settings.form == "soft" and kept:
             noise = torch.randn(len(kept), *self._shape, generator=self.generator)
             wanted = Trajectories([[k] for k in kept], [0] * len(kept), range(len(kept)), noise)
@@ -228,6 +247,13 @@ class _Run:
         stage = strongest_that_moves(regression, settings.rank, moves)
         return (yield from self.follow_stage("protection", stage, "Choosing the protection"))
 
+    def check_gradient(self, trainer: SurgeryTrainer) -> Iterator[Progress]:
+        """Before the first step: is the gradient the loss's?"""
+        yield self.progress("Checking the gradient")
+        before = self.denoiser.forward_equivalents
+        self.gradient_apart = trainer.check_gradient()
+        self._plan["gradient"] = self.denoiser.forward_equivalents - before
+
     def train(
         self,
         trainer: SurgeryTrainer,
@@ -235,10 +261,13 @@ class _Run:
         held_out: States,
         should_stop: Callable[[], bool],
     ) -> Iterator[Progress]:
-        """All steps, unless the caller stops or the held-out residual stays under the threshold."""
+        """All steps, unless the caller stops or the held-out residual stays under the threshold.
+
+        Training that diverges ends there, and what was learned before is kept.
+        """
         before, low = self.denoiser.forward_equivalents, 0
         checked = spread_over(held_out, prompts.pairs, STOP_STATES * len(self.settings.concepts))
-        for loss in trainer.run(should_stop):
+        for loss in self._until_it_diverges(trainer.run(should_stop)):
             self.losses.append(loss)
             yield self.progress(f"Training, step {len(self.losses)} of {self.settings.steps}")
             if self.settings.stop_below and len(self.losses) % STOP_EVERY == 0:
@@ -251,6 +280,14 @@ class _Run:
                     self.converged = True
                     break
         self._plan["training"] = self.denoiser.forward_equivalents - before
+
+    def _until_it_diverges(self, losses: Iterator[float]) -> Iterator[float]:
+        try:
+            yield from losses
+        except DivergedError as error:
+            if not self.losses:
+                raise
+            self.ended_by = str(error)
 
     def record(
         self,
@@ -270,7 +307,7 @@ class _Run:
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017
             "family": self.denoiser.family,
             "base": dict(self.denoiser.base),
-            "text_encoder": fingerprint({"null prompt": prompts.null}),
+            "text_encoder": fingerprint({"null prompt": prompts.null.tokens}),
             "settings": settings.as_dict(),
             "form": settings.form,
             "concepts": _concepts(settings, exact, solution, measures),
@@ -287,6 +324,8 @@ class _Run:
             "converged": self.converged,
             "complete": self.converged or steps == settings.steps,
             "stopped_early": steps < settings.steps,
+            "ended_by": self.ended_by,
+            "gradient_apart": self.gradient_apart,
             "forward_equivalents": self.denoiser.forward_equivalents,
             "seconds": round(time.monotonic() - self._started, 2),
         }
@@ -305,14 +344,6 @@ class _Run:
     ) -> Iterator[int]:
         batch = 3 * self.settings.batch  # what the pool was sampled with fits the device
         return movement_on(self.denoiser, prompts.pairs, states, edit, self.settings.eta, batch)
-
-    def _trajectory_counts(self) -> tuple[int, int]:
-        """How many trajectories to train on and to check on; without training all are to check."""
-        count = self.settings.trajectories
-        if not self.settings.steps:
-            return 0, count
-        held_out = max(1, count // 4, min(len(self.settings.concepts), count // 2))
-        return count - held_out, held_out
 
     def _pairs(self, prompts: EncodedPrompts, count: int, stage: str) -> Iterator[Progress]:
         wanted = draw_pairs(prompts.pairs, count, self._shape, self.generator)
@@ -344,24 +375,39 @@ class _Run:
                 return end.value
             yield self.progress(stage.format(item))
 
-    def _planned_cost(self) -> dict[str, int]:
-        """Forward-equivalents by stage, at most."""
-        settings = self.settings
-        if not settings.samples:
-            return {}
-        training, held_out = self._trajectory_counts()
-        soft = settings.form == "soft"
-        kept = len(settings.keep) + len(settings.negative_prompts) if soft else 0
-        concepts = len(settings.concepts)
-        tried = 0 if settings.protection is not None else tried_states(settings) * EXPECTED_TRIES
-        stops = settings.steps // STOP_EVERY if settings.stop_below else 0
-        images = settings.batch * (1 + soft + bool(kept))
-        return {
-            "pool": (3 * (training + held_out) + 2 * kept) * settings.sampling_steps,
-            "protection": tried,
-            "training": 3 * settings.steps * images + stops * STOP_STATES * concepts,
-            "checks": planned_checks(settings, held_out),
-        }
+
+def planned_cost(settings: EraseSettings, pooled: bool, plain: int = 0) -> dict[str, int]:
+    """Forward-equivalents of a run by stage, at most.
+
+    Args:
+        pooled: whether the model takes pooled vectors.
+        plain: how many plain captions are held like keep prompts.
+    """
+    if not settings.samples:
+        return {}
+    training, held_out = _trajectory_counts(settings)
+    soft = settings.form == "soft"
+    kept = len(settings.keep) + len(settings.negative_prompts) + plain if soft else 0
+    concepts = len(settings.concepts)
+    tried = 0 if settings.protection is not None else tried_states(settings) * EXPECTED_TRIES
+    stops = settings.steps // STOP_EVERY if settings.stop_below else 0
+    images = 1 + soft + bool(kept)
+    return {
+        "pool": (3 * (training + held_out) + 2 * kept) * settings.sampling_steps,
+        "protection": tried,
+        "gradient": CHECKED_GRADIENT * images if settings.steps else 0,
+        "training": 3 * settings.steps * settings.batch * images + stops * STOP_STATES * concepts,
+        "checks": planned_checks(settings, held_out, pooled),
+    }
+
+
+def _trajectory_counts(settings: EraseSettings) -> tuple[int, int]:
+    """How many trajectories to train on and to check on; without training all are to check."""
+    count = settings.trajectories
+    if not settings.steps:
+        return 0, count
+    held_out = max(1, count // 4, min(len(settings.concepts), count // 2))
+    return count - held_out, held_out
 
 
 def tried_states(settings: EraseSettings) -> int:
@@ -369,29 +415,28 @@ def tried_states(settings: EraseSettings) -> int:
     return max(TRIED_STATES, 3 * len(settings.concepts))
 
 
-def _held(prompts: EncodedPrompts) -> list[Tensor]:
-    """What the soft form holds beside the null prompt."""
-    return [*prompts.negatives, *(rows for _, rows in prompts.keep)]
-
-
 def _exact(settings: EraseSettings, prompts: EncodedPrompts) -> ExactSet:
     """The exact set of the hard form; in the soft form nothing is exact."""
-    changes = [edit.change for edit in prompts.edits]
     if settings.form == "hard":
-        return exact_set(changes, [prompts.null, *prompts.negatives], prompts.keep)
-    nothing = torch.zeros(prompts.null.shape[1], 0, dtype=torch.float64)
+        changes = [edit.change for edit in prompts.edits]
+        required = [prompt.tokens for prompt in (prompts.null, *prompts.negatives)]
+        keep = [(text, prompt.tokens) for text, prompt in prompts.keep]
+        return exact_set(changes, required, keep)
+    nothing = torch.zeros(prompts.null.tokens.shape[1], 0, dtype=torch.float64)
     kept = [KeptPrompt(text, False, 1.0) for text, _ in prompts.keep]
-    return ExactSet(nothing, [1.0] * len(changes), kept)
+    return ExactSet(nothing, [1.0] * len(prompts.edits), kept)
 
 
 def _named_moment(settings: EraseSettings, prompts: EncodedPrompts, exact: ExactSet) -> Tensor:
     """Second moment of the prompts that were named but are not exact, each group at full weight."""
-    moment = NAMED_PROMPT_WEIGHT * second_moment(pair.alternative for pair in prompts.pairs)
+    moment = NAMED_PROMPT_WEIGHT * second_moment(p.alternative.tokens for p in prompts.pairs)
     approximate = [
-        rows for (_, rows), kept in zip(prompts.keep, exact.kept, strict=True) if not kept.exact
+        prompt.tokens
+        for (_, prompt), kept in zip(prompts.keep, exact.kept, strict=True)
+        if not kept.exact
     ]
     if settings.form == "soft":
-        held = [prompts.null, *prompts.negatives, *approximate]
+        held = [prompts.null.tokens, *(p.tokens for p in prompts.negatives), *approximate]
         return moment + SOFT_NULL_WEIGHT * second_moment(held)
     if approximate:
         moment = moment + NAMED_PROMPT_WEIGHT * second_moment(approximate)

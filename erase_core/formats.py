@@ -15,12 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .families import FAMILIES
+
 RECORD_KEY = "concept_surgery"
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
-
-# Forge matches these strings exactly when it sorts LoRAs by base model.
-ARCHITECTURES = {"SD1.x": "stable-diffusion-v1/lora"}
-KOHYA_BASES = {"SD1.x": "sd_v1"}
 
 
 def kohya_tensors(bases: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -66,13 +64,15 @@ def read_kohya_tensors(
 
 def metadata(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """File metadata: our record, ModelSpec 1.0.1, and the kohya keys that managers show."""
-    settings = record["settings"]
+    settings, name = record["settings"], record["family"]
+    family = FAMILIES.get(name)
     concepts = concept_list(record)
     title = f"Erase {concepts}"
     return {
         RECORD_KEY: json.dumps(record, sort_keys=True),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": ARCHITECTURES.get(record["family"], record["family"]),
+        # Forge matches these two strings exactly when it sorts LoRAs by base model.
+        "modelspec.architecture": family.architecture if family else name,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.description": (f"Concept erasure. Removes {concepts}; apply at strength 1."),
@@ -80,7 +80,7 @@ def metadata(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
         "modelspec.date": record["created"],
         "modelspec.hash_sha256": f"0x{tensor_hash(tensors)}",
         "ss_output_name": title,
-        "ss_base_model_version": KOHYA_BASES.get(record["family"], record["family"]),
+        "ss_base_model_version": family.kohya_base if family else name,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(record["rank"]),
         "ss_network_alpha": str(record["rank"]),

@@ -9,7 +9,7 @@ losses is not public, ours is stated at :func:`surgery_loss`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,35 +46,42 @@ def surgical_target(g_erased: Tensor, g_alternative: Tensor, eta: float = 0.0) -
 
 def weighted_error(difference: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean over the batch of ``w |difference|^2`` per element; weight (n,) or None for 1."""
-    squared = difference.square().flatten(1).mean(dim=1)
+    squared = difference.square().reshape(len(difference), -1).mean(dim=1)
     return (squared if weight is None else squared * weight).mean()
 
 
 class SigmaWeight:
     """``w(sigma)`` of the loss, which acts on ``g = eps(x,c) - eps(x,0)``.
 
-    "noise" takes the error of the predicted noise as it is, "image" that of the predicted x0,
-    ``w = sigma^2``, and "relative" every noise level alike, each against what there is to move.
+    "output" takes the error of what the network itself puts out, "image" that of the predicted
+    x0, ``w = sigma^2``, and "relative" every noise level alike, each against what is to move.
 
     Args:
         kind: one of :data:`settings.WEIGHTINGS`.
         sigma: (n,) noise levels of the states that are trained on.
         differences: ``g*(e) - G`` at these states, (n, c, h, w).
+        of_output: what a squared difference of eps counts in the network's own terms.
     """
 
-    def __init__(self, kind: str, sigma: Tensor, differences: Tensor) -> None:
+    def __init__(
+        self,
+        kind: str,
+        sigma: Tensor,
+        differences: Tensor,
+        of_output: Callable[[Tensor], Tensor],
+    ) -> None:
         if kind not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}, not {kind!r}.")
-        self._kind = kind
+        self._kind, self._of_output = kind, of_output
         self._levels, place = sigma.float().cpu().unique(return_inverse=True)
         squared = differences.square().flatten(1).mean(dim=1).cpu()
         total = squared.new_zeros(len(self._levels)).index_add_(0, place, squared)
         self._distances = total / place.bincount()
 
-    def __call__(self, sigma: Tensor) -> Tensor | None:
-        """The weights at noise levels (n,), on their device; None where all are 1."""
-        if self._kind == "noise":
-            return None
+    def __call__(self, sigma: Tensor) -> Tensor:
+        """The weights at noise levels (n,), on their device."""
+        if self._kind == "output":
+            return self._of_output(sigma).to(sigma.device)
         if self._kind == "image":
             return sigma.clamp(min=SIGMA_FLOOR).square()
         nearest = (sigma.cpu()[:, None] - self._levels).abs().argmin(dim=1)
@@ -136,15 +143,20 @@ def surgery_loss(
     return loss
 
 
-def moved(g_student: Tensor, g_original: Tensor, target: Tensor) -> float:
-    """How far the guidance went: ``1 - sum |g_th - G|^2 / sum |g* - G|^2``; 1 is all the way.
+def moved(
+    g_student: Tensor, g_original: Tensor, target: Tensor, weight: Tensor | None = None
+) -> float:
+    """How far the guidance went: ``1 - sum w |g_th - G|^2 / sum w |g* - G|^2``; 1 is all the way.
 
     Returns 0 when there was nowhere to go.
+
+    Args:
+        weight: w(sigma), (n,); None for 1.
     """
-    distance = (g_original - target).double().square().sum()
+    distance = weighted_error((g_original - target).double(), weight)
     if distance == 0:
         return 0.0
-    return float(1 - (g_student - target).double().square().sum() / distance)
+    return float(1 - weighted_error((g_student - target).double(), weight) / distance)
 
 
 def _per_image(values: Tensor, like: Tensor) -> Tensor:

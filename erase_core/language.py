@@ -90,7 +90,7 @@ def _mean_moment(denoiser: Denoiser, captions: Sequence[str]) -> Iterator[tuple[
     for start in range(0, len(captions), ENCODE_BATCH):
         batch = captions[start : start + ENCODE_BATCH]
         encoded = denoiser.encode(batch, together=True)
-        alike = torch.cat([rows * len(rows) ** -0.5 for rows in encoded])
+        alike = torch.cat([one.tokens * len(one.tokens) ** -0.5 for one in encoded])
         total = total + second_moment([alike]) * len(alike)
         yield start + len(batch), len(captions)
     return total / len(captions)
@@ -98,6 +98,6 @@ def _mean_moment(denoiser: Denoiser, captions: Sequence[str]) -> Iterator[tuple[
 
 def _cache_key(denoiser: Denoiser, captions: Sequence[str]) -> str:
     digest = hashlib.sha256("\n".join(captions).encode())
-    for rows in denoiser.encode(spread(captions, PROBE_CAPTIONS)):
-        digest.update(rows.contiguous().numpy().tobytes())
+    for prompt in denoiser.encode(spread(captions, PROBE_CAPTIONS)):
+        digest.update(prompt.tokens.contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]

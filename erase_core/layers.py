@@ -10,7 +10,13 @@ LAYER_RULES: dict[str, tuple[str, ...]] = {
     "cross-attention": ("*_attn2_to_*",),
     "attention": ("*_attn1_to_*", "*_attn2_to_*"),
     "transformer": ("*_transformer_blocks_*",),
+    "text-input": ("*_context_embedder", "*_txt_in"),
+    "text-stream": ("*_context_block_attn_qkv", "*_txt_attn_qkv"),
 }
+
+
+# The rules whose matrices are applied to the token embeddings of the prompt, and to nothing else.
+PROMPT_RULES = ("key-value", "text-input")
 
 
 class LayerRuleError(ValueError):
@@ -42,4 +48,5 @@ def matching(names: Iterable[str], rule: str) -> list[str]:
 
 def reads_prompt(name: str) -> bool:
     """Whether the matrix is applied to the token embeddings of the prompt, and to nothing else."""
-    return any(fnmatchcase(name, pattern) for pattern in LAYER_RULES["key-value"])
+    patterns = [pattern for rule in PROMPT_RULES for pattern in LAYER_RULES[rule]]
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

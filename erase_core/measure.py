@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser, LowRankEdit, stack_tokens
+from .denoiser import Denoiser, Encoded, LowRankEdit
 from .guidance import guidance_term, moved, surgical_target
+from .memory import ADVICE, out_of_memory
 from .states import (
     EncodedPair,
+    PredictionError,
     Sampling,
     States,
     Trajectories,
@@ -43,23 +45,51 @@ class Movement:
 class CountedDenoiser:
     """A denoiser that counts what it is asked for, in forward-equivalents per image.
 
-    A prediction is 1; one whose gradient is wanted is 3, since a backward costs two forwards.
+    A prediction is 1; one whose gradient is wanted is 3, since a backward costs two forwards. What
+    doesn't fit the device's memory is predicted in smaller parts, unless its gradient is wanted:
+    then it is the caller that must ask for less.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
         self._denoiser = denoiser
+        self._most: int | None = None  # images at a time, once memory has run out
         self.forward_equivalents = 0
 
     def __getattr__(self, name: str):
         return getattr(self._denoiser, name)
 
     def predict_x0(
-        self, x: Tensor, sigma: Tensor, tokens: Tensor, edit: LowRankEdit | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        prompts: Sequence[Encoded],
+        edit: LowRankEdit | None = None,
     ) -> Tensor:
-        """As the denoiser's own, and counted."""
-        backward = edit is not None and torch.is_grad_enabled()
-        self.forward_equivalents += x.shape[0] * (3 if backward else 1)
-        return self._denoiser.predict_x0(x, sigma, tokens, edit)
+        """As the denoiser's own, and counted.
+
+        Raises:
+            PredictionError: there isn't memory for a single image.
+        """
+        if edit is not None and torch.is_grad_enabled():
+            self.forward_equivalents += 3 * len(x)
+            return self._denoiser.predict_x0(x, sigma, prompts, edit)
+        self.forward_equivalents += len(x)
+        while True:
+            most = min(len(x), self._most or len(x))
+            try:
+                parts = [
+                    self._denoiser.predict_x0(
+                        x[i : i + most], sigma[i : i + most], prompts[i : i + most], edit
+                    )
+                    for i in range(0, len(x), most)
+                ]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                if most == 1:
+                    raise PredictionError(ADVICE.format(task="predict")) from error
+            self._most = (most + 1) // 2
 
 
 def movement_on(
@@ -73,17 +103,17 @@ def movement_on(
     """Evaluate the edited model on frozen states (a generator; returns a :class:`Movement`)."""
     students = []
     for part in torch.arange(len(states)).split(batch):
-        tokens = [pairs[i].erased for i in states.index[part].tolist()]
-        x0 = _predict(denoiser, states.x[part], states.sigma[part], tokens, edit)
+        prompts = [pairs[i].erased for i in states.index[part].tolist()]
+        x0 = _predict(denoiser, states.x[part], states.sigma[part], prompts, edit)
         check_finite(x0, float(states.sigma[part].min()))
         students.append(guidance_term(states.x0_null[part], x0, states.sigma[part]))
         yield len(part)
-    return summarise(torch.cat(students), states, pairs, eta)
+    return summarise(torch.cat(students), states, pairs, eta, denoiser.loss_weight(states.sigma))
 
 
 def movement_sampled(
     denoiser: Denoiser,
-    null: Tensor,
+    null: Encoded,
     pairs: Sequence[EncodedPair],
     wanted: Trajectories,
     sampling: Sampling,
@@ -102,16 +132,16 @@ def movement_sampled(
     """
     count = len(wanted)
     erased = [pairs[i].erased for i in wanted.index]
-    frozen_tokens = [null] * count + erased + [pairs[i].alternative for i in wanted.index]
-    edited_tokens = erased if null_is_exact else [*erased, *[null] * count]
+    frozen_prompts = [null] * count + erased + [pairs[i].alternative for i in wanted.index]
+    edited_prompts = erased if null_is_exact else [*erased, *[null] * count]
     x = denoiser.noisy_latent(wanted.noise.to(denoiser.device), sampling.sigmas[0]).cpu()
     parts, students = [], []
     for sigma, sigma_next in zip(sampling.sigmas[:-1], sampling.sigmas[1:], strict=True):
         levels = sigma.repeat(count).cpu()
-        frozen = _predict(denoiser, x.repeat(3, 1, 1, 1), levels.repeat(3), frozen_tokens)
-        again = len(edited_tokens) // count
+        frozen = _predict(denoiser, x.repeat(3, 1, 1, 1), levels.repeat(3), frozen_prompts)
+        again = len(edited_prompts) // count
         edited = _predict(
-            denoiser, x.repeat(again, 1, 1, 1), levels.repeat(again), edited_tokens, edit
+            denoiser, x.repeat(again, 1, 1, 1), levels.repeat(again), edited_prompts, edit
         )
         check_finite(edited, float(sigma))
         states = states_at(x, levels, frozen, wanted.index)
@@ -121,17 +151,19 @@ def movement_sampled(
         x0_null = own_null[0] if own_null else states.x0_null
         x = euler_step(x, x0_null, student, sigma, sigma_next, sampling.guidance_scale)
         yield (3 + again) * count
-    return summarise(torch.cat(students), States.join(parts), pairs, eta)
+    states = States.join(parts)
+    weight = denoiser.loss_weight(states.sigma)
+    return summarise(torch.cat(students), states, pairs, eta, weight)
 
 
 def summarise(
-    student: Tensor, states: States, pairs: Sequence[EncodedPair], eta: float
+    student: Tensor, states: States, pairs: Sequence[EncodedPair], eta: float, weight: Tensor
 ) -> Movement:
-    """:class:`Movement` of the student's guidance (n, c, h, w) at the states."""
+    """:class:`Movement` of the student's guidance (n, c, h, w) at the states; weight (n,)."""
     target = surgical_target(states.g_erased, states.g_alternative, eta)
 
     def on(part: Tensor) -> float:
-        return moved(student[part], states.g_erased[part], target[part])
+        return moved(student[part], states.g_erased[part], target[part], weight[part])
 
     concept = torch.tensor([pairs[i].concept for i in states.index.tolist()])
     by_sigma = states.sigma.argsort(descending=True, stable=True)
@@ -147,7 +179,7 @@ def summarise(
 
 def prompt_drift(
     denoiser: Denoiser,
-    prompts: Sequence[Tensor],
+    prompts: Sequence[Encoded],
     states: States,
     edit: LowRankEdit,
     batch: int,
@@ -160,14 +192,47 @@ def prompt_drift(
     changes: list[float] = []
     for start in range(0, len(prompts), batch):
         part = torch.arange(start, min(start + batch, len(prompts)))
-        x, sigma, tokens = states.x[part], states.sigma[part], [prompts[i] for i in part.tolist()]
-        frozen = _predict(denoiser, x, sigma, tokens)
-        edited = _predict(denoiser, x, sigma, tokens, edit)
+        x, sigma, asked = states.x[part], states.sigma[part], [prompts[i] for i in part.tolist()]
+        frozen = _predict(denoiser, x, sigma, asked)
+        edited = _predict(denoiser, x, sigma, asked, edit)
         # eps = (x - x0) / sigma on both sides: the noise level cancels.
         size = (x - frozen).flatten(1).norm(dim=1)
         changes += ((edited - frozen).flatten(1).norm(dim=1) / size).tolist()
         yield 2 * len(part)
     return changes
+
+
+def pooled_leak(
+    denoiser: Denoiser,
+    pairs: Sequence[EncodedPair],
+    states: States,
+    edit: LowRankEdit,
+    eta: float,
+    batch: int,
+) -> Iterator[int]:
+    """What goes past the keys and values, through the pooled vector (a generator).
+
+    Yields images evaluated, returns ``leak``: the share of the way from the alternative back to
+    the concept that the original model goes when the alternative's tokens come with the concept's
+    pooled vector, ``|g*(C_a, p_e) - g*(a)|^2 / |g*(e) - g*(a)|^2``; and ``moved_swapped``: how far
+    the edited model moves when the concept's tokens come with the alternative's pooled vector.
+    """
+    weight = denoiser.loss_weight(states.sigma)
+    leaking, students = [], []
+    for part in torch.arange(len(states)).split(batch):
+        here, asked = states[part], [pairs[i] for i in states.index[part].tolist()]
+        mixed = [Encoded(pair.alternative.tokens, pair.erased.pooled) for pair in asked]
+        swapped = [Encoded(pair.erased.tokens, pair.alternative.pooled) for pair in asked]
+        for prompts, own_edit, found in ((mixed, None, leaking), (swapped, edit, students)):
+            x0 = _predict(denoiser, here.x, here.sigma, prompts, own_edit)
+            found.append(guidance_term(here.x0_null, x0, here.sigma))
+        yield 2 * len(part)
+    target = surgical_target(states.g_erased, states.g_alternative, eta)
+    leak = 1 - moved(torch.cat(leaking), states.g_erased, states.g_alternative, weight)
+    return {
+        "leak": leak,
+        "moved_swapped": moved(torch.cat(students), states.g_erased, target, weight),
+    }
 
 
 def key_value_drift(erasure: LowRankEdit, matrices: Mapping[str, Tensor], tokens: Tensor) -> float:
@@ -189,12 +254,10 @@ def _predict(
     denoiser: Denoiser,
     x: Tensor,
     sigma: Tensor,
-    tokens: Sequence[Tensor],
+    prompts: Sequence[Encoded],
     edit: LowRankEdit | None = None,
 ) -> Tensor:
     device = denoiser.device
     with torch.no_grad():
-        x0 = denoiser.predict_x0(
-            x.to(device), sigma.to(device), stack_tokens(tokens).to(device), edit
-        )
+        x0 = denoiser.predict_x0(x.to(device), sigma.to(device), prompts, edit)
     return x0.cpu()

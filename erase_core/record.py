@@ -54,8 +54,10 @@ _SHAPE = {
             {**_MOVED, "high": _NUMBER, "middle": _NUMBER, "low": _NUMBER, "erased_change": _NUMBER}
         ),
         "moved_sampled": _OrNone(_MOVED),
+        "pooled": _OrNone({"leak": _NUMBER, "moved_swapped": _NUMBER}),
         "drift_of": str,
         "null_drift": _NUMBER,
+        "zeroed_drift": _NUMBER,
         "negative_prompts": _TEXTS_WITH_DRIFT,
         "kept": [{"text": str, "exact": bool, "drift": _NUMBER}],
         "unnamed": _TEXTS_WITH_DRIFT,
@@ -67,6 +69,7 @@ _SHAPE = {
     "converged": bool,
     "complete": bool,
     "stopped_early": bool,
+    "ended_by": str,
     "forward_equivalents": int,
     "seconds": _NUMBER,
 }

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .checks import PREDICTION
+from .families import FAMILIES
 from .formats import concept_list
 
 
@@ -16,7 +17,7 @@ def report_text(record: Mapping[str, Any], notes: list[str] | None = None) -> st
         record: the record of an erasure.
         notes: more lines, for example what the host could not take into account.
     """
-    lines = [*_headline(record), *_movement(record), *_each_concept(record)]
+    lines = [*_headline(record), *_movement(record), *_pooled(record), *_each_concept(record)]
     lines += [*_staying(record), *_cost(record), *_warnings(record), *(notes or [])]
     return "\n".join(lines)
 
@@ -49,6 +50,18 @@ def _movement(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _pooled(record: Mapping[str, Any]) -> list[str]:
+    """What keys and values can't reach, on models with a pooled vector."""
+    pooled = record["measures"]["pooled"]
+    if pooled is None:
+        return []
+    return [
+        f"The pooled vector goes past what was trained: alone it brings {_share(pooled['leak'])} "
+        "of the concept back to a prompt of its replacement. With the replacement's pooled vector "
+        f"the erased prompts would move {pooled['moved_swapped']:.0%} of the way."
+    ]
+
+
 def _each_concept(record: Mapping[str, Any]) -> list[str]:
     """With several concepts: what is left to each."""
     if len(record["concepts"]) < 2:
@@ -69,7 +82,10 @@ def _staying(record: Mapping[str, Any]) -> list[str]:
     measures, hard = record["measures"], record["form"] == "hard"
     of = "" if measures["drift_of"] == PREDICTION else " of keys and values"
     held = "exact" if hard else "held by a penalty"
-    lines = [f"Null prompt: {held}, drift{of} {_share(measures['null_drift'])}."]
+    lines = [
+        f"Null prompt: {held}, drift{of} {_share(measures['null_drift'])}; zeroed out: "
+        f"{_share(measures['zeroed_drift'])}."
+    ]
     lines += [
         f"Negative prompt {entry['text']!r}: {held}, drift{of} {_share(entry['drift'])}."
         for entry in measures["negative_prompts"]
@@ -97,10 +113,17 @@ def _cost(record: Mapping[str, Any]) -> list[str]:
 
 def _warnings(record: Mapping[str, Any]) -> list[str]:
     lines, settings = list(record["warnings"]), record["settings"]
+    family = FAMILIES.get(record["family"])
+    lines += family.notes if family else ()
     if record["converged"]:
         lines.append(
             f"Ended after {record['steps_done']} of {settings['steps']} steps, because the rest "
             f"on held-out states stayed below {settings['stop_below']:.0%}."
+        )
+    elif record["ended_by"]:
+        lines.append(
+            f"Ended after {record['steps_done']} of {settings['steps']} steps, and kept what was "
+            f"learned until then. {record['ended_by']}"
         )
     elif record["stopped_early"]:
         lines.append(f"Stopped early, after {record['steps_done']} steps.")

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .layers import LAYER_RULES
+from .layers import LAYER_RULES, PROMPT_RULES
 
 KINDS = ("object", "style", "person", "tags")
 FORMS = ("hard", "soft")
 NULL_SCORES = ("frozen", "student", "detached")
-WEIGHTINGS = ("noise", "relative", "image")
+WEIGHTINGS = ("output", "relative", "image")
 ARROW = "=>"
 
 
@@ -96,7 +96,7 @@ class EraseSettings:
     drift_weight: float = 1.0
     keep_weight: float = 1.0
     null_score: str = "frozen"
-    weighting: str = "noise"
+    weighting: str = "output"
     warm_start: bool = True
     steps: int = 48
     batch: int = 2
@@ -165,10 +165,11 @@ class EraseSettings:
             )
 
     def _check_together(self) -> None:
-        if self.form == "hard" and self.layers != "key-value":
+        if self.form == "hard" and self.layers not in PROMPT_RULES:
             raise SettingsError(
-                f"The hard form works on the key and value matrices only, not on {self.layers!r}: "
-                "only they read the prompt and nothing else. Choose the soft form for other layers."
+                f"The hard form works on matrices that read the prompt and nothing else "
+                f"({', '.join(PROMPT_RULES)}), not on {self.layers!r}. Choose the soft form for "
+                "other layers."
             )
         if self.form == "soft" and self.steps == 0:
             raise SettingsError(
@@ -204,12 +205,19 @@ MORE_PER_CONCEPT = 0.25
 DISTILLED: dict[str, Any] = {"guidance_scale": 1.0, "sampling_steps": 4}
 
 
-def preset_settings(preset: str, *, distilled: bool = False, **values: Any) -> EraseSettings:
+def preset_settings(
+    preset: str,
+    *,
+    distilled: bool = False,
+    family: Mapping[str, Any] | None = None,
+    **values: Any,
+) -> EraseSettings:
     """Settings of a named preset, with every given value that is not None put over it.
 
     Args:
         preset: a key of :data:`PRESETS`.
         distilled: whether the model is a distilled one (Turbo, Lightning, LCM, DMD2).
+        family: what the model's family puts over the preset, see :mod:`families`.
         **values: fields of :class:`EraseSettings`; ``concepts`` is required, None means
             "as the preset says".
 
@@ -220,8 +228,9 @@ def preset_settings(preset: str, *, distilled: bool = False, **values: Any) -> E
         raise SettingsError(f"Unknown preset {preset!r}. Choose one of: {', '.join(PRESETS)}.")
     given = {name: value for name, value in values.items() if value is not None}
     chosen = dict(PRESETS[preset])
-    if given.get("form") == "soft":
+    if {**(family or {}), **given}.get("form") == "soft":
         chosen |= SOFT_PRESETS.get(preset, {})
+    chosen |= family or {}
     if distilled:
         chosen |= DISTILLED
     one = EraseSettings(**{**chosen, **given})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser, stack_tokens
+from .denoiser import Denoiser, Encoded
 from .guidance import guidance_term
 
 
@@ -23,13 +23,13 @@ class PredictionError(RuntimeError):
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Token embeddings (tokens, width) of a prompt with the concept and of its alternative.
+    """A prompt with the concept and its alternative.
 
     ``concept`` is the place of the concept in the settings.
     """
 
-    erased: Tensor
-    alternative: Tensor
+    erased: Encoded
+    alternative: Encoded
     concept: int = 0
 
 
@@ -93,14 +93,13 @@ class Trajectories:
     """What to sample side by side.
 
     Attributes:
-        prompts: for each trajectory, the token embeddings of the prompts evaluated along it; as
-            many for each.
+        prompts: for each trajectory, the prompts evaluated along it; as many for each.
         driver: for each trajectory, which of them drives the sampler.
         index: for each trajectory, which prompt pair or keep prompt it is for.
         noise: (trajectories, c, h, w) standard normal.
     """
 
-    prompts: Sequence[Sequence[Tensor]]
+    prompts: Sequence[Sequence[Encoded]]
     driver: Sequence[int]
     index: Sequence[int]
     noise: Tensor
@@ -143,7 +142,7 @@ def draw_pairs(
 
 
 def sample_states(
-    denoiser: Denoiser, null: Tensor, wanted: Trajectories, sampling: Sampling
+    denoiser: Denoiser, null: Encoded, wanted: Trajectories, sampling: Sampling
 ) -> Iterator[int]:
     """Sample trajectories side by side on the frozen model, keeping every state.
 
@@ -151,14 +150,14 @@ def sample_states(
     :class:`States`, ordered by step.
 
     Args:
-        null: token embeddings of the null prompt.
+        null: the null prompt.
 
     Raises:
         PredictionError: a prediction is NaN or infinite.
     """
     count, along = len(wanted), len(wanted.prompts[0])
     by_role = [prompts[role] for role in range(along) for prompts in wanted.prompts]
-    tokens = stack_tokens([null] * count + by_role).to(denoiser.device)
+    prompts = [null] * count + by_role
     driver = torch.tensor(wanted.driver, device=denoiser.device)
     lane = torch.arange(count, device=denoiser.device)
     x = denoiser.noisy_latent(wanted.noise.to(denoiser.device), sampling.sigmas[0])
@@ -166,7 +165,9 @@ def sample_states(
     for sigma, sigma_next in zip(sampling.sigmas[:-1], sampling.sigmas[1:], strict=True):
         levels = sigma.repeat(count).to(denoiser.device)
         with torch.no_grad():
-            x0 = denoiser.predict_x0(x.repeat(1 + along, 1, 1, 1), levels.repeat(1 + along), tokens)
+            x0 = denoiser.predict_x0(
+                x.repeat(1 + along, 1, 1, 1), levels.repeat(1 + along), prompts
+            )
         check_finite(x0, float(sigma))
         parts.append(states_at(x, levels, x0, wanted.index))
         x0 = x0.unflatten(0, (1 + along, count))

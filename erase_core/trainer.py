@@ -9,18 +9,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser, LowRankEdit, stack_tokens
+from .denoiser import Denoiser, Encoded, LowRankEdit
+from .gradient import check_gradient
 from .guidance import SigmaWeight, guidance_term, surgery_loss, surgical_target, weighted_error
 from .layers import reads_prompt
+from .memory import ADVICE, advice_instead, out_of_memory
 from .settings import EraseSettings
 from .states import EncodedPair, States
 
 WARMUP_SHARE = 0.1
 FINAL_RATE = 0.05
+# Half precision with few exponent bits loses small gradients; Adam does not mind the scale.
+LOSS_SCALE = 1024.0
 
 
 class TrainingError(RuntimeError):
     """Training can't go on, or there is nothing to train."""
+
+
+class DivergedError(TrainingError):
+    """The loss or its gradient is NaN or infinite."""
 
 
 class Ridge:
@@ -59,17 +67,17 @@ class Pool:
     """What there is to train on.
 
     Attributes:
-        pairs: token embeddings of the prompt pairs that the states refer to.
+        pairs: the prompt pairs that the states refer to.
         states: states of the prompt pairs.
-        null: token embeddings of the null prompt.
-        kept: token embeddings of the prompts that the soft form holds.
+        null: the null prompt.
+        kept: the prompts that the soft form holds.
         kept_states: states along which they were sampled; None without any.
     """
 
     pairs: Sequence[EncodedPair]
     states: States
-    null: Tensor
-    kept: Sequence[Tensor] = ()
+    null: Encoded
+    kept: Sequence[Encoded] = ()
     kept_states: States | None = None
 
     def concepts(self) -> Tensor:
@@ -111,7 +119,9 @@ class SurgeryTrainer:
         states = pool.states
         self._targets = surgical_target(states.g_erased, states.g_alternative, settings.eta)
         differences = states.g_erased - self._targets
-        self._weight = SigmaWeight(settings.weighting, states.sigma, differences)
+        self._weight = SigmaWeight(
+            settings.weighting, states.sigma, differences, denoiser.loss_weight
+        )
         self._scale = 1 / float(weighted_error(differences, self._weight(states.sigma)))
         self._soft = settings.form == "soft"
         self._asks_null = self._soft and bool(
@@ -127,44 +137,70 @@ class SurgeryTrainer:
         )
         kept = torch.arange(len(pool.kept_states) if self._asks_kept else 0)
         self._kept_draws = draws([kept], settings.batch, settings.seed)
+        groups = self._optimiser.param_groups
+        self._values = [tensor for group in groups for tensor in group["params"]]
+        self._good: list[Tensor] | None = None  # the values when the loss was last seen finite
+        self._parts = 1  # in which a batch goes through the model, more once memory has run out
+        self._loss_scale = LOSS_SCALE if denoiser.dtype is torch.float16 else 1.0
 
-    def loss(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Surgery loss and ridge at the states ``index`` (n,); nothing moved is a loss of 1."""
-        edit = self._seen_by(int(self._concepts[index[0]]))
+    def check_gradient(self) -> float:
+        """Check that the gradient is the loss's: at the state that has farthest to go.
+
+        Returns:
+            How far apart the two are, relative.
+
+        Raises:
+            GradientError: too far.
+            TrainingError: there isn't memory for a single state.
+        """
+        states = self._pool.states
+        squared = (states.g_erased - self._targets).flatten(1).square().sum(1)
+        farthest, kept = (self._weight(states.sigma) * squared).argmax()[None], torch.arange(1)
+        start, dtype = self.edit.to(self._denoiser.device), self._denoiser.dtype
+        with advice_instead("train", TrainingError):
+            return check_gradient(
+                lambda edit: self.loss(edit, farthest, kept), start, dtype, self._loss_scale
+            )
+
+    def loss(self, edit: LowRankEdit, index: Tensor, kept_index: Tensor) -> Tensor:
+        """Surgery loss of an edit at some states; nothing moved is a loss of 1.
+
+        Args:
+            index: states of the prompt pairs, (n,).
+            kept_index: states of what the soft form holds, (m,); not looked at without any.
+        """
         states = self._pool.states[index]
-        tokens = [self._pool.pairs[i].erased for i in states.index.tolist()]
-        asked = [(states, tokens)]
+        asked = [(states, [self._pool.pairs[i].erased for i in states.index.tolist()])]
         if self._asks_null:
             asked.append((states, [self._pool.null] * len(states)))
         if self._asks_kept:
-            kept = self._pool.kept_states[next(self._kept_draws)]
+            kept = self._pool.kept_states[kept_index]
             asked.append((kept, [self._pool.kept[i] for i in kept.index.tolist()]))
         guidance, *others = self._guidance(asked, edit)
         drift = others.pop(0) if self._asks_null else None
         kept_drifts = [g - kept.g_erased.to(g) for g in others]
-        loss = surgery_loss(
+        return self._scale * surgery_loss(
             guidance,
             self._targets[index].to(guidance),
             drift=drift,
             drift_weight=self._settings.drift_weight if self._soft else 0.0,
             kept_drifts=kept_drifts,
             keep_weight=self._settings.keep_weight,
-            weight=self._weight(asked[0][0].sigma.to(guidance.device)),
-            kept_weight=self._weight(asked[-1][0].sigma.to(guidance.device)),
+            weight=self._weight(states.sigma).to(guidance.device),
+            kept_weight=self._weight(asked[-1][0].sigma).to(guidance.device),
             null_score=self._settings.null_score if self._soft else "frozen",
         )
-        return loss * self._scale, self._ridge(edit)
 
     def _guidance(
-        self, asked: Sequence[tuple[States, Sequence[Tensor]]], edit: LowRankEdit
+        self, asked: Sequence[tuple[States, Sequence[Encoded]]], edit: LowRankEdit
     ) -> list[Tensor]:
         """``eps_theta(x, c) - eps*(x, 0)`` of each group of states and prompts, in one forward."""
         device = self._denoiser.device
         x = torch.cat([states.x for states, _ in asked]).to(device)
         sigma = torch.cat([states.sigma for states, _ in asked]).to(device)
         x0_null = torch.cat([states.x0_null for states, _ in asked]).to(device)
-        tokens = stack_tokens([rows for _, prompts in asked for rows in prompts]).to(device)
-        x0 = self._denoiser.predict_x0(x, sigma, tokens, edit)
+        every = [prompt for _, prompts in asked for prompt in prompts]
+        x0 = self._denoiser.predict_x0(x, sigma, every, edit)
         return list(guidance_term(x0_null, x0, sigma).split([len(states) for states, _ in asked]))
 
     def _seen_by(self, concept: int) -> LowRankEdit:
@@ -182,20 +218,70 @@ class SurgeryTrainer:
         """One optimiser step on the states ``index``; returns the surgery loss before it.
 
         Raises:
-            TrainingError: the loss is NaN or infinite; the factors are as before the step.
+            DivergedError: the loss or its gradient is NaN or infinite; the edit is again what it
+                was when both were finite.
+            TrainingError: there isn't memory for a single state.
         """
-        surgery, ridge = self.loss(index)
-        value = float(surgery.detach())
+        kept = next(self._kept_draws) if self._asks_kept else index
+        value = self._backward(index, kept)
         if not math.isfinite(value):
-            raise TrainingError(
-                f"The loss became {value}. Lower the learning rate (it is "
-                f"{self._settings.learning_rate:g}), or load the model in bf16 or fp32."
-            )
-        self._optimiser.zero_grad()
-        (surgery + self._protection * ridge).backward()
+            self._back_to_good()
+            raise DivergedError(self._advice(f"The loss became {value}."))
+        if not self._gradient_is_finite():
+            raise DivergedError(self._advice("The gradient became NaN or infinite."))
+        self._good = [tensor.detach().clone() for tensor in self._values]
         self._optimiser.step()
         self._schedule.step()
         return value
+
+    def _backward(self, index: Tensor, kept_index: Tensor) -> float:
+        """The surgery loss, and its gradient with the ridge's in the trained values."""
+        while True:
+            try:
+                value = self._backward_in_parts(index, kept_index)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                if self._parts >= len(index):
+                    raise TrainingError(ADVICE.format(task="train")) from error
+            else:
+                overflown = math.isfinite(value) and not self._gradient_is_finite()
+                if self._loss_scale == 1 or not overflown:
+                    return value
+                self._loss_scale /= 8
+                continue
+            self._parts = min(2 * self._parts, len(index))
+
+    def _backward_in_parts(self, index: Tensor, kept_index: Tensor) -> float:
+        self._optimiser.zero_grad()
+        value = 0.0
+        for part, kept in zip(index.chunk(self._parts), kept_index.chunk(self._parts), strict=True):
+            share = len(part) / len(index)
+            edit = self._seen_by(int(self._concepts[index[0]]))
+            surgery = share * self.loss(edit, part, kept)
+            ridge = share * self._protection * self._ridge(edit)
+            ((surgery + ridge) * self._loss_scale).backward()
+            value += float(surgery.detach())
+        for gradient in self._gradients():
+            gradient /= self._loss_scale
+        return value
+
+    def _gradients(self) -> list[Tensor]:
+        return [tensor.grad for tensor in self._values if tensor.grad is not None]
+
+    def _gradient_is_finite(self) -> bool:
+        return all(bool(torch.isfinite(gradient).all()) for gradient in self._gradients())
+
+    def _back_to_good(self) -> None:
+        with torch.no_grad():
+            for tensor, good in zip(self._values, self._good or self._values, strict=True):
+                tensor.copy_(good)
+
+    def _advice(self, what: str) -> str:
+        return (
+            f"{what} Lower the learning rate (it is {self._settings.learning_rate:g}), or load the "
+            "model in bf16 or fp32."
+        )
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[float]:
         """All steps, yielding the surgery loss of each; ends early when ``should_stop()``."""

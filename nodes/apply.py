@@ -143,7 +143,7 @@ def mismatches(model, erasure: Erasure, clip, name: str) -> list[str]:
             f"this model is {name or 'a different one'}. It may erase less and change more."
         )
     if clip is not None:
-        null = encode_prompts(clip, [""])[0]
+        null = encode_prompts(clip, [""])[0].tokens
         if not same_fingerprint(erasure.record["text_encoder"], fingerprint({"null": null})):
             matrices = original_weights(model, _matching_keys(model, erasure))
             drift = key_value_drift(erasure.edit(), matrices, null)

@@ -18,15 +18,32 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
-from ..erase_core.denoiser import LowRankEdit, LowRankSidePath
+from ..erase_core import families
+from ..erase_core.denoiser import (
+    Encoded,
+    LowRankEdit,
+    LowRankSidePath,
+    stack_pooled,
+    stack_tokens,
+)
+from ..erase_core.families import Family
 from ..erase_core.fingerprint import fingerprint
 from ..erase_core.layers import matching
+from ..erase_core.settings import EraseSettings
 from .exact import WRAPPER_TYPE, is_side_path, side_paths
 from .identity import model_identity
+from .inplace import OutOfPlace
 
-FAMILIES = {comfy.supported_models.SD15: "SD1.x"}
-KOHYA_PREFIXES = ("lora_unet_down_blocks_", "lora_unet_mid_block_", "lora_unet_up_blocks_")
+# What the host's classes are to the engine: the configuration with its kin, and the model itself.
+FAMILIES = (
+    (families.SD1, comfy.supported_models.SD15, comfy.model_base.BaseModel),
+    (families.SD2, comfy.supported_models.SD20, comfy.model_base.BaseModel),
+    (families.SDXL, comfy.supported_models.SDXL, comfy.model_base.SDXL),
+    (families.SD3, comfy.supported_models.SD3, comfy.model_base.SD3),
+    (families.FLUX, comfy.supported_models.Flux, comfy.model_base.Flux),
+)
 
+STREAM_IDS = 1_000_000  # more than any tokenizer has
 # A training step keeps activations that inference frees; the host moves other models out of the
 # way for this many times what it would reserve for sampling.
 TRAINING_MEMORY_FACTOR = 3
@@ -49,7 +66,7 @@ class ComfyDenoiser:
         base_name: name of the checkpoint, for the record.
         images: most images per prediction, for the host's memory planning.
         resolution: side of the pictures in pixels, likewise.
-        layers: which matrices train, see :mod:`erase_core.layers`.
+        layers: which matrices train, see :mod:`erase_core.layers`; None for the family's own.
 
     Raises:
         UnsupportedModelError: another family, an inpainting model.
@@ -63,13 +80,15 @@ class ComfyDenoiser:
         base_name: str,
         images: int,
         resolution: int,
-        layers: str = "key-value",
+        layers: str | None = None,
     ) -> None:
-        self.family = model_family(model)
+        self._family = model_family(model)
+        self.family = self._family.name
         self.base = {"name": base_name, "fingerprint": base_fingerprint(model)}
         self._model, self._clip = with_resident_weights(model), clip
         self._keys = trained_keys(model, layers)
         self._planned_shape = [images, *self.latent_shape(resolution)]
+        self._size = {"width": resolution, "height": resolution}
 
     def __enter__(self) -> ComfyDenoiser:
         memory = self._model.memory_required(self._planned_shape) * TRAINING_MEMORY_FACTOR
@@ -78,6 +97,7 @@ class ComfyDenoiser:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_training_flag())
             self._twin = twin_of(self._model)
+            self.dtype = self._twin.manual_cast_dtype or self._twin.get_dtype()
             self._modules = _modules_at(self._twin, self._keys)
             self._side_path = LowRankSidePath(self._modules)
             stack.callback(self._side_path.remove)
@@ -93,14 +113,23 @@ class ComfyDenoiser:
         """See :class:`erase_core.denoiser.Denoiser`."""
         return model_identity(self._model, self._keys.values())
 
-    def encode(self, prompts: Sequence[str], together: bool = False) -> list[Tensor]:
+    def encode(self, prompts: Sequence[str], together: bool = False) -> list[Encoded]:
         """See :class:`erase_core.denoiser.Denoiser`."""
-        return encode_prompts(self._clip, prompts, together)
+        return encode_prompts(self._clip, prompts, together, self._family.pooled)
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """See :class:`erase_core.denoiser.Denoiser`."""
-        encoded = [next(iter(self._clip.tokenize(prompt).values())) for prompt in prompts]
-        return [[token[0] for section in one for token in section] for one in encoded]
+        return [self._stream_ids(self._clip.tokenize(prompt)) for prompt in prompts]
+
+    def _stream_ids(self, tokens: Mapping[str, Any]) -> list[int]:
+        """Ids in the order of the rows; streams that follow one another share none."""
+        streams = [name for name in self._family.token_streams if name in tokens]
+        return [
+            token[0] + number * STREAM_IDS
+            for number, name in enumerate(streams or [next(iter(tokens))])
+            for section in tokens[name]
+            for token in section
+        ]
 
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
         """See :class:`erase_core.denoiser.Denoiser`."""
@@ -117,18 +146,59 @@ class ComfyDenoiser:
         sigma = sigma.to(noise.device)
         return sampling.noise_scaling(sigma, noise, torch.zeros_like(noise), max_denoise=True)
 
+    def loss_weight(self, sigma: Tensor) -> Tensor:
+        """See :class:`erase_core.denoiser.Denoiser`. From the host's own sampling object."""
+        sampling = self._model.get_model_object("model_sampling")
+        nothing, one = (torch.full((len(sigma), 1, 1, 1), value) for value in (0.0, 1.0))
+        sigma = sigma.cpu()
+        # x0 = a x + b F with the network's output F, and a change of x0 is -sigma one of eps.
+        at = [sampling.calculate_denoised(sigma, output, nothing) for output in (one, nothing)]
+        return (sigma / (at[0] - at[1]).flatten()).square().float()
+
     def predict_x0(
-        self, x: Tensor, sigma: Tensor, tokens: Tensor, edit: LowRankEdit | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        prompts: Sequence[Encoded],
+        edit: LowRankEdit | None = None,
     ) -> Tensor:
         """See :class:`erase_core.denoiser.Denoiser`. Raises the host's interrupt."""
         comfy.model_management.throw_exception_if_processing_interrupted()
+        if self._family.joint and len({len(prompt.tokens) for prompt in prompts}) > 1:
+            return self._by_length(x, sigma, prompts, edit)
+        tokens = stack_tokens(prompts).to(x.device)
+        conditions = self._conditions(x, tokens, stack_pooled(prompts))
         options = {
             "optimized_attention_override": _differentiable_attention,
             "wrappers": {WRAPPER_TYPE: side_paths(self._model)},
         }
-        with self._side_path.active(edit, tokens):
-            x0 = self._twin.apply_model(x, sigma, c_crossattn=tokens, transformer_options=options)
+        out_of_place = OutOfPlace() if self._family.adds_in_place else contextlib.nullcontext()
+        with self._side_path.active(edit, tokens), out_of_place:
+            x0 = self._twin.apply_model(x, sigma, transformer_options=options, **conditions)
         return x0.float()
+
+    def _by_length(
+        self, x: Tensor, sigma: Tensor, prompts: Sequence[Encoded], edit: LowRankEdit | None
+    ) -> Tensor:
+        """One forward for each length: in joint attention a repeated prompt would weigh more."""
+        lengths = torch.tensor([len(prompt.tokens) for prompt in prompts])
+        groups = [(lengths == length).nonzero().flatten() for length in lengths.unique()]
+        parts = [
+            self.predict_x0(x[group], sigma[group], [prompts[i] for i in group.tolist()], edit)
+            for group in groups
+        ]
+        return torch.cat(parts)[torch.cat(groups).argsort().to(x.device)]
+
+    def _conditions(self, x: Tensor, tokens: Tensor, pooled: Tensor | None) -> dict[str, Tensor]:
+        """What the host's samplers would hand to the model for these prompts."""
+        given = {"noise": x, "device": x.device, "cross_attn": tokens, **self._size}
+        if pooled is not None:
+            given["pooled_output"] = pooled.to(x.device)
+        conditions = self._model.model.extra_conds(**given)
+        return {
+            name: condition.process_cond(batch_size=len(x), device=x.device).cond.to(x.device)
+            for name, condition in conditions.items()
+        }
 
     def matrices(self) -> Mapping[str, Tensor]:
         """See :class:`erase_core.denoiser.Denoiser`."""
@@ -143,19 +213,24 @@ class ComfyDenoiser:
         return weights
 
 
-def model_family(model) -> str:
-    """Name of the model's family.
+def model_family(model) -> Family:
+    """The model's family.
 
     Raises:
         UnsupportedModelError: a family, or a variant with other channels, that isn't supported.
     """
     inner = model.model
-    config = type(inner.model_config)
-    if config not in FAMILIES or type(inner) is not comfy.model_base.BaseModel:
+    found = [
+        family
+        for family, config, base in FAMILIES
+        if isinstance(inner.model_config, config) and type(inner) is base
+    ]
+    if not found:
+        known = ", ".join(family.name for family, *_ in FAMILIES)
         raise UnsupportedModelError(
-            f"This model is of the family {config.__name__} ({type(inner).__name__}). Concept "
-            f"Surgery works on {', '.join(FAMILIES.values())} for now; load a checkpoint of that "
-            "family."
+            f"This model is of the family {type(inner.model_config).__name__} "
+            f"({type(inner).__name__}). Concept Surgery works on {known} for now; load a "
+            "checkpoint of one of these."
         )
     channels = inner.model_config.unet_config.get("in_channels", 4)
     expected = inner.latent_format.latent_channels
@@ -165,7 +240,9 @@ def model_family(model) -> str:
             f"a plain one takes {expected}. Train on the plain model of the same family; the "
             "erasure file can then be applied to this one with a LoRA loader."
         )
-    return FAMILIES[config]
+    if found[0] is families.SD2 and inner.model_type is comfy.model_base.ModelType.V_PREDICTION:
+        return families.SD2_V
+    return found[0]
 
 
 def with_resident_weights(model):
@@ -217,19 +294,20 @@ def original_weights(model, keys: Mapping[str, str]) -> dict[str, Tensor]:
     }
 
 
-def trained_keys(model, layers: str = "key-value") -> dict[str, str]:
-    """Host keys of the matrices that a layer rule takes, by kohya name.
+def trained_keys(model, layers: str | None = None) -> dict[str, str]:
+    """Host keys of the matrices that a layer rule takes, by kohya name; None is the family's own.
 
     Raises:
         LayerRuleError: the rule matches nothing.
     """
-    weights = model.model.state_dict()
+    weights, family = model.model.state_dict(), model_family(model)
     keys = {
         name: key
         for name, key in kohya_keys(model).items()
-        if name.startswith(KOHYA_PREFIXES) and key in weights and weights[key].ndim == 2
+        if name.startswith(family.matrix_names) and key in weights and weights[key].ndim == 2
     }
-    return {name: keys[name] for name in matching(keys, layers)}
+    rule = layers or family.defaults.get("layers", EraseSettings.layers)
+    return {name: keys[name] for name in matching(keys, rule)}
 
 
 def base_fingerprint(model) -> list[float]:
@@ -237,28 +315,40 @@ def base_fingerprint(model) -> list[float]:
     return fingerprint(original_weights(model, trained_keys(model)))
 
 
-def encode_prompts(clip, prompts: Sequence[str], together: bool = False) -> list[Tensor]:
-    """Token embeddings (tokens, width) of each prompt, float32 on the CPU.
+def encode_prompts(
+    clip, prompts: Sequence[str], together: bool = False, pooled: bool = False
+) -> list[Encoded]:
+    """The embeddings of each prompt, float32 on the CPU.
 
     The host encodes a long prompt as sections side by side in one batch; ``together`` uses that
-    for many prompts at once.
+    for many prompts at once, and leaves out the pooled vectors, of which a batch has only one.
+
+    Args:
+        pooled: whether the pooled vector goes along with the tokens.
     """
     tokens = [clip.tokenize(prompt) for prompt in prompts]
     if not together or len(prompts) < 2:
-        return [_encode_tokens(clip, one)[0] for one in tokens]
+        return [_encode_tokens(clip, one, pooled) for one in tokens]
     merged = {name: [section for one in tokens for section in one[name]] for name in tokens[0]}
-    rows = _encode_tokens(clip, merged)[0]
+    rows = _encode_tokens(clip, merged, pooled=False).tokens
     first = next(iter(merged))
     length = rows.shape[0] // len(merged[first])
-    return list(rows.split([len(one[first]) * length for one in tokens]))
+    parts = rows.split([len(one[first]) * length for one in tokens])
+    return [Encoded(part) for part in parts]
 
 
-def _encode_tokens(clip, tokens: Mapping[str, Any]) -> Tensor:
+def _encode_tokens(clip, tokens: Mapping[str, Any], pooled: bool) -> Encoded:
     comfy.model_management.throw_exception_if_processing_interrupted()
     # The encoder's weights are inference tensors: run it as the host does, copy what comes out.
     with torch.inference_mode():
-        rows = clip.encode_from_tokens(tokens)
-    return rows.float().cpu().clone()
+        rows, vector = clip.encode_from_tokens(tokens, return_pooled=True)
+    if pooled and vector is None:
+        raise UnsupportedModelError(
+            "The connected text encoder gives no pooled vector, which this model needs. Connect "
+            "the CLIP that belongs to the model."
+        )
+    kept = [rows, vector] if pooled else [rows]
+    return Encoded(*(part[0].float().cpu().clone() for part in kept))
 
 
 def twin_of(model) -> nn.Module:

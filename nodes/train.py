@@ -10,18 +10,20 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from ..erase_core import KINDS, PRESETS, EraseSettings, Finished, erase, preset_settings
+from ..erase_core.families import Family
 from ..erase_core.identity import REUSE, USE_IF_THERE
 from ..erase_core.layers import LAYER_RULES
 from ..erase_core.prompts import prompt_pairs
 from ..erase_core.report import report_text
 from ..erase_core.settings import FORMS, NULL_SCORES, parse_concepts
-from .host import ComfyDenoiser, left_out_of_training
+from .host import ComfyDenoiser, left_out_of_training, model_family
 from .messages import show_progress_text, upstream_file, warn
 from .results import ResultStore
 from .schema import CATEGORY, ErasureType, compatible
 from .store import LanguageStore
 
 AS_PRESET = -1
+AUTO = "auto"  # as the model's family says
 DISTILLED_MODEL = "distilled"
 MODEL_TYPES = ("standard", DISTILLED_MODEL)
 _ADVANCED = {"advanced": True, "optional": True}
@@ -97,7 +99,7 @@ class TrainErasure(io.ComfyNode):
                 "No CLIP is connected (the checkpoint has none). Concepts are words: connect the "
                 "CLIP of a checkpoint loader or of a CLIP loader."
             )
-        settings = settings_from_widgets(widgets)
+        settings = settings_from_widgets(widgets, model_family(model))
         # The host runs nodes in inference mode, where nothing can be trained.
         with torch.inference_mode(False), torch.enable_grad():
             reuse = widgets.get("stored_result", USE_IF_THERE)
@@ -130,8 +132,13 @@ class TrainErasure(io.ComfyNode):
         raise RuntimeError("The run ended without a result.")
 
 
-def settings_from_widgets(widgets: Mapping[str, Any]) -> EraseSettings:
+def settings_from_widgets(
+    widgets: Mapping[str, Any], family: Family | None = None
+) -> EraseSettings:
     """The engine's settings from the node's widgets; -1 leaves a value to the preset.
+
+    Args:
+        family: of the model; None where it isn't known yet.
 
     Raises:
         SettingsError: a value that can't work.
@@ -149,14 +156,21 @@ def settings_from_widgets(widgets: Mapping[str, Any]) -> EraseSettings:
             "captions",
         )
     }
-    as_they_are = ("keep", "negative_prompts", "kind", "templates", "form", "layers", "eta")
-    as_they_are += ("drift_weight", "keep_weight", "null_score", "resolution")
+    as_they_are = ("keep", "negative_prompts", "kind", "templates", "eta")
+    as_they_are += ("drift_weight", "keep_weight", "null_score")
+    chosen = {
+        name: None if widgets.get(name, AUTO) == AUTO else widgets[name]
+        for name in ("form", "layers")
+    }
     return preset_settings(
         widgets.get("preset", "balanced"),
         distilled=widgets.get("model_type", MODEL_TYPES[0]) == DISTILLED_MODEL,
+        family=family.defaults if family else None,
+        resolution=widgets.get("resolution") or None,
         concepts=parse_concepts(widgets["erase"], widgets.get("replace_with") or ""),
         seed=widgets.get("training_seed", 0),
         **{name: widgets.get(name) for name in as_they_are},
+        **chosen,
         **numbers,
     )
 
@@ -256,11 +270,17 @@ def _advanced_inputs() -> list[Any]:
         ),
         _combo(
             "form",
-            FORMS,
-            "hard: the empty prompt and the kept prompts can't move at all. soft: they are "
-            "held by a penalty, as in the paper; needed to train other layers.",
+            [AUTO, *FORMS],
+            "auto: as the model allows, now always hard. hard: the empty prompt and the kept "
+            "prompts can't move at all. soft: they are held by a penalty, as in the paper; needed "
+            "to train other layers.",
         ),
-        _combo("layers", LAYER_RULES, "What trains. Others than key-value need the soft form."),
+        _combo(
+            "layers",
+            [AUTO, *LAYER_RULES],
+            "What trains; auto: key-value on U-Nets, text-input on SD3 and Flux. Others need the "
+            "soft form.",
+        ),
         compatible(
             io.String.Input,
             "templates",
@@ -323,11 +343,11 @@ def _advanced_inputs() -> list[Any]:
         compatible(
             io.Int.Input,
             "resolution",
-            default=512,
-            min=64,
+            default=0,
+            min=0,
             max=4096,
             step=8,
-            tooltip="Side of the training pictures: the size the model was made for.",
+            tooltip="Side of the training pictures. 0: the size the model was made for.",
             **_ADVANCED,
         ),
         _int(

@@ -1,8 +1,9 @@
-"""Shrunken Stable Diffusion 1.5 checkpoints with random weights.
+"""Shrunken Stable Diffusion checkpoints with random weights.
 
 The host recognises a model by the names and a few shapes of its tensors, so a U-Net with fewer
-blocks passes as SD1.5 and runs through exactly the code a real one runs through. The text
-encoder cannot be shrunk (its sizes are constants of the host); the autoencoder is TAESD.
+blocks passes as SD1.5, SD2 or SDXL and runs through exactly the code a real one runs through. The
+text encoder cannot be shrunk in a file (its sizes are constants of the host), so only those of
+SD1.5 have one; the autoencoder is TAESD.
 
 Random weights are scaled so that a prompt matters: attention to the text is peaked rather than
 an even average over 77 tokens, and the images lie mostly within the range of colours.
@@ -15,18 +16,18 @@ import math
 import os
 import tempfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-LAYOUTS = ("one-level", "nano", "two-level")
 _RECIPE = 2  # part of the label in the file: raise it and files of an older recipe are redone
 
 _CHANNELS = 320
 _TIME = 4 * _CHANNELS
-_TEXT = 768
+_TEXT = 768  # of SD1.5
 _TOKENS = 49408
 _POSITIONS = 77
 
@@ -36,10 +37,42 @@ _WORD_MIXING = 0.3  # what a layer's attention adds to a word's own embedding
 _WORD_CHANGE = 0.1  # what a layer's perceptron adds to it
 _ATTENTION_PEAK = 1.5  # how selective the U-Net's attention to the text is
 _TEXT_EFFECT = 2.0  # what that attention adds
+_POOLED_EFFECT = 0.3  # what the pooled vector adds beside the noise level
 _IMAGE_CONTRAST = 2.0
 # A model that removes no noise leaves latents as wide as the noise it started from. Unscaled
 # they would saturate the decoder, and every picture would be black, white and primary colours.
 _LATENT_SCALE = 0.02
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What there is in a U-Net.
+
+    Attributes:
+        levels: transformer blocks at each resolution on the way down.
+        middle: transformer blocks in the middle; None is a single residual block.
+        up: transformer blocks of every block on the way up.
+        text: width of the token embeddings.
+        linear: whether transformers read their input through a matrix instead of a convolution.
+        pooled: size of the vector that is given beside the tokens; 0 for none.
+    """
+
+    levels: tuple[int, ...]
+    middle: int | None
+    up: tuple[int, ...]
+    text: int = _TEXT
+    linear: bool = False
+    pooled: int = 0
+
+
+LAYOUTS = {
+    "one-level": _Layout((1,), 1, (1, 1)),
+    "nano": _Layout((1,), None, (0, 0)),
+    "two-level": _Layout((1, 1), 1, (1, 1, 1, 1)),
+    "sd2": _Layout((1,), 1, (1, 1), text=1024, linear=True),
+    # Of SDXL's kin, the one with the fewest blocks that the host knows.
+    "sdxl": _Layout((0, 2, 5), None, (0,) * 6, text=2048, linear=True, pooled=2816),
+}
 
 
 class _Plan:
@@ -122,9 +155,10 @@ def build_checkpoint(
     if _read_label(path) == label:
         return path
     plan = _Plan()
-    _unet(plan, layout, in_channels)
-    _text_encoder(plan)
-    _autoencoder(plan)
+    _unet(plan, LAYOUTS[layout], in_channels)
+    if LAYOUTS[layout].text == _TEXT:
+        _text_encoder(plan)
+        _autoencoder(plan)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(handle)
@@ -153,27 +187,30 @@ def _read_label(path: Path) -> str | None:
         return None
 
 
-def _unet(plan: _Plan, layout: str, in_channels: int) -> None:
+def _unet(plan: _Plan, layout: _Layout, in_channels: int) -> None:
     root = "model.diffusion_model"
     plan.linear(f"{root}.time_embed.0", _TIME, _CHANNELS)
     plan.linear(f"{root}.time_embed.2", _TIME, _TIME)
+    if layout.pooled:
+        plan.linear(f"{root}.label_emb.0.0", _TIME, layout.pooled)
+        plan.linear(f"{root}.label_emb.0.2", _TIME, _TIME, gain=_POOLED_EFFECT)
     plan.conv(f"{root}.input_blocks.0.0", _CHANNELS, in_channels)
-    _residual(plan, f"{root}.input_blocks.1.0", _CHANNELS)
-    _transformer(plan, f"{root}.input_blocks.1.1")
-    if layout == "two-level":
-        plan.conv(f"{root}.input_blocks.2.0.op", _CHANNELS, _CHANNELS)
-        _residual(plan, f"{root}.input_blocks.3.0", _CHANNELS)
-        _transformer(plan, f"{root}.input_blocks.3.1")
+    for level, depth in enumerate(layout.levels):
+        if level:
+            plan.conv(f"{root}.input_blocks.{2 * level}.0.op", _CHANNELS, _CHANNELS)
+        block = f"{root}.input_blocks.{2 * level + 1}"
+        _residual(plan, f"{block}.0", _CHANNELS)
+        _transformer(plan, f"{block}.1", layout, depth)
     _residual(plan, f"{root}.middle_block.0", _CHANNELS)
-    if layout != "nano":
-        _transformer(plan, f"{root}.middle_block.1")
+    if layout.middle is not None:
+        _transformer(plan, f"{root}.middle_block.1", layout, layout.middle)
         _residual(plan, f"{root}.middle_block.2", _CHANNELS)
-    for block in range(4 if layout == "two-level" else 2):
-        _residual(plan, f"{root}.output_blocks.{block}.0", 2 * _CHANNELS)
-        if layout != "nano":
-            _transformer(plan, f"{root}.output_blocks.{block}.1")
-    if layout == "two-level":
-        plan.conv(f"{root}.output_blocks.1.2.conv", _CHANNELS, _CHANNELS)
+    for number, depth in enumerate(layout.up):
+        block = f"{root}.output_blocks.{number}"
+        _residual(plan, f"{block}.0", 2 * _CHANNELS)
+        _transformer(plan, f"{block}.1", layout, depth)
+        if number % 2 and number + 1 < len(layout.up):  # the last one before the next level
+            plan.conv(f"{block}.{2 if depth else 1}.conv", _CHANNELS, _CHANNELS)
     plan.norm(f"{root}.out.0", _CHANNELS)
     plan.conv(f"{root}.out.2", 4, _CHANNELS)
 
@@ -188,14 +225,23 @@ def _residual(plan: _Plan, name: str, fan_in: int) -> None:
         plan.conv(f"{name}.skip_connection", _CHANNELS, fan_in, kernel=1)
 
 
-def _transformer(plan: _Plan, name: str) -> None:
+def _transformer(plan: _Plan, name: str, layout: _Layout, depth: int) -> None:
+    if not depth:
+        return
     plan.norm(f"{name}.norm", _CHANNELS)
-    plan.conv(f"{name}.proj_in", _CHANNELS, _CHANNELS, kernel=1)
-    plan.conv(f"{name}.proj_out", _CHANNELS, _CHANNELS, kernel=1)
-    block = f"{name}.transformer_blocks.0"
+    for part in ("proj_in", "proj_out"):
+        if layout.linear:
+            plan.linear(f"{name}.{part}", _CHANNELS, _CHANNELS)
+        else:
+            plan.conv(f"{name}.{part}", _CHANNELS, _CHANNELS, kernel=1)
+    for number in range(depth):
+        _transformer_block(plan, f"{name}.transformer_blocks.{number}", layout.text)
+
+
+def _transformer_block(plan: _Plan, block: str, text: int) -> None:
     for number in (1, 2, 3):
         plan.norm(f"{block}.norm{number}", _CHANNELS)
-    for attention, source in (("attn1", _CHANNELS), ("attn2", _TEXT)):
+    for attention, source in (("attn1", _CHANNELS), ("attn2", text)):
         reads_text = attention == "attn2"
         peak = _ATTENTION_PEAK if reads_text else 1.0
         effect = _TEXT_EFFECT if reads_text else 1.0

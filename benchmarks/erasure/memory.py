@@ -39,9 +39,9 @@ def measure(checkpoint: Path, name: str) -> dict[str, float]:
     painter = Painter(checkpoint)
     painter.encode(["", case.erased[0]])
     with painter.denoiser(method.layers) as denoiser:
-        tokens = torch.stack(painter.encode(["", case.erased[0]]))
+        prompts = denoiser.encode(["", case.erased[0]])
         with torch.no_grad():
-            denoiser.predict_x0(torch.randn(2, 4, 8, 8), torch.tensor([2.0, 2.0]), tokens)
+            denoiser.predict_x0(torch.randn(2, 4, 8, 8), torch.tensor([2.0, 2.0]), prompts)
         before = peak()
         method.train(denoiser, case, 0, {**method.settings, **short})
     return {"inference": round(before), "training": round(peak())}

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.samplers import calculate_sigmas
-from concept_surgery.erase_core.denoiser import LowRankEdit
+from concept_surgery.erase_core.denoiser import Encoded, LowRankEdit
 from concept_surgery.erase_core.measure import CountedDenoiser
 from concept_surgery.nodes.host import ComfyDenoiser, encode_prompts, trained_keys, twin_of
 from torch import Tensor
@@ -54,7 +54,7 @@ class Painter:
         with torch.inference_mode():
             self.model, self.clip, self.vae = comfy.sd.load_checkpoint_guess_config(str(path))[:3]
         self._tokens: dict[str, Tensor] = {}
-        probe = encode_prompts(self.clip, ["a probe"])[0].numpy().tobytes()
+        probe = encode_prompts(self.clip, ["a probe"])[0].tokens.numpy().tobytes()
         self._prompts = folder / "prompts" / hashlib.sha256(probe).hexdigest()[:16]
         self._prompts.mkdir(parents=True, exist_ok=True)
         comfy.model_management.load_models_gpu([self.model])
@@ -85,7 +85,7 @@ class Painter:
         if path.exists():
             rows = torch.from_numpy(np.load(path))
         else:
-            (rows,) = encode_prompts(self.clip, [text])
+            rows = encode_prompts(self.clip, [text])[0].tokens
             partial = path.with_name(f".{path.name}.{os.getpid()}.npy")
             np.save(partial, rows.numpy())
             partial.replace(path)
@@ -220,12 +220,12 @@ class Recorder(CountedDenoiser):
         self._painter = painter
         self.encode_seconds = 0.0
 
-    def encode(self, prompts: Sequence[str], together: bool = False) -> list[Tensor]:
+    def encode(self, prompts: Sequence[str], together: bool = False) -> list[Encoded]:
         """As the denoiser's own, from memory where it can be."""
         began = time.process_time()
         try:
             if together:
                 return self._denoiser.encode(prompts, together)
-            return [rows.clone() for rows in self._painter.encode(prompts)]
+            return [Encoded(rows.clone()) for rows in self._painter.encode(prompts)]
         finally:
             self.encode_seconds += time.process_time() - began

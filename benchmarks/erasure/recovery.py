@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from concept_surgery.erase_core.denoiser import Denoiser, LowRankEdit
+from concept_surgery.erase_core.denoiser import Denoiser, Encoded, LowRankEdit
 from torch import Tensor
 
 from benchmarks.emoji.data import SIZE, load_pictures, render
@@ -64,7 +64,7 @@ def invert(
         sigma = levels[torch.randint(len(levels), (BATCH,), generator=generator)]
         noise = torch.randn(BATCH, *clean.shape[1:], generator=generator)
         x = clean[chosen] + sigma.view(-1, 1, 1, 1) * noise
-        prompt = tokens + at * change
+        prompt = Encoded(tokens + at * change)
         loss = (predict_eps(denoiser, x, sigma, [prompt] * BATCH, edit) - noise).square().mean()
         optimiser.zero_grad()
         loss.backward()

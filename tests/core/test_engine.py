@@ -7,6 +7,7 @@ import torch
 from concept_surgery.erase_core import (
     Erasure,
     Finished,
+    GradientError,
     PredictionError,
     Progress,
     TrainingError,
@@ -14,7 +15,7 @@ from concept_surgery.erase_core import (
     preset_settings,
     report_text,
 )
-from concept_surgery.erase_core.denoiser import stack_tokens
+from concept_surgery.erase_core.denoiser import Encoded
 from concept_surgery.erase_core.engine import LEAST_MOVED
 from concept_surgery.erase_core.language import (
     encode_language,
@@ -88,16 +89,66 @@ def test_nan_is_said_and_ends_the_run():
         run(toy)
 
 
-def test_loss_that_explodes_is_said(monkeypatch):
+def test_a_model_that_explodes_at_once_is_said(monkeypatch):
     toy = ToyDenoiser()
     whole = toy.predict_x0
     monkeypatch.setattr(
         toy,
         "predict_x0",
-        lambda x, s, t, edit=None: whole(x, s, t, edit) * (1 if edit is None else math.inf),
+        lambda x, s, p, edit=None: whole(x, s, p, edit) * (1 if edit is None else math.inf),
     )
-    with pytest.raises(TrainingError, match="Lower the learning rate"):
+    with pytest.raises(GradientError, match="NaN or infinite before the first step"):
         run(toy, protection=1.0)
+
+
+def test_training_that_diverges_ends_and_keeps_what_was_learned(monkeypatch):
+    factor = 1.0
+
+    def predict(self, x, sigma, prompts, edit=None):
+        learning = edit is not None and torch.is_grad_enabled()
+        return whole(self, x, sigma, prompts, edit) * (factor if learning else 1.0)
+
+    whole = ToyDenoiser.predict_x0
+    monkeypatch.setattr(ToyDenoiser, "predict_x0", predict)
+    settings = preset_settings("balanced", concepts="cat => dog", **SMALL)
+    for event in erase(settings, ToyDenoiser()):
+        if getattr(event, "stage", "").startswith("Training, step 7"):
+            factor = math.nan
+    record = event.erasure.record
+    assert record["steps_done"] == 7 and not record["complete"]
+    assert "The loss became nan. Lower the learning rate" in report_text(record)
+    factor = 1.0
+    stopping = iter([False] * 6 + [True])  # the seventh step was the first one not to be trusted
+    expected = run(should_stop=lambda: next(stopping))[-1].erasure
+    assert event.erasure.identity == expected.identity
+
+
+def test_memory_that_runs_out_halves_the_batch_and_says_when_that_is_not_enough(monkeypatch):
+    def limited(most_kept, most_alone):
+        whole = ToyDenoiser.predict_x0
+
+        def predict(self, x, sigma, prompts, edit=None):
+            learning = edit is not None and torch.is_grad_enabled()
+            if len(x) > (most_kept if learning else most_alone):
+                raise RuntimeError("Some backend out of memory. Tried to allocate 2 GiB.")
+            return whole(self, x, sigma, prompts, edit)
+
+        monkeypatch.setattr(ToyDenoiser, "predict_x0", predict)
+
+    usual = run(batch=4)[-1].erasure
+    limited(1, 5)
+    halved = run(batch=4)[-1].erasure
+    monkeypatch.undo()
+    assert halved.record["forward_equivalents"] >= usual.record["forward_equivalents"]
+    for name in usual.factors:
+        torch.testing.assert_close(usual.delta(name), halved.delta(name), rtol=1e-3, atol=1e-5)
+    limited(0, 5)
+    with pytest.raises(TrainingError, match="not enough memory to train, even one picture"):
+        run(batch=4, protection=1.0)
+    monkeypatch.undo()
+    limited(1, 0)
+    with pytest.raises(PredictionError, match="not enough memory to predict"):
+        run(batch=4)
 
 
 def test_a_model_that_ignores_the_prompt_has_nothing_to_erase():
@@ -177,8 +228,8 @@ def test_captions_that_name_the_concept_do_not_count():
 def test_prompts_of_different_length_attend_alike_when_repeated():
     toy = ToyDenoiser()
     short, long = toy.encode(["a cat", "a dog"])
-    long = torch.cat([long, toy.encode(["on a chair"])[0]])
+    long = Encoded(torch.cat([long.tokens, toy.encode(["on a chair"])[0].tokens]))
     x, sigma = torch.randn(2, 4, 4, 4), torch.tensor([1.0, 1.0])
-    both = toy.predict_x0(x, sigma, stack_tokens([short, long]))
-    alone = toy.predict_x0(x[:1], sigma[:1], short[None])
+    both = toy.predict_x0(x, sigma, [short, long])
+    alone = toy.predict_x0(x[:1], sigma[:1], [short])
     torch.testing.assert_close(both[:1], alone)

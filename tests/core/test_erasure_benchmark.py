@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from concept_surgery.erase_core.denoiser import Encoded
 from concept_surgery.erase_core.prompts import prompt_pairs
 from concept_surgery.erase_core.settings import EraseSettings
 
@@ -247,10 +248,10 @@ def test_uce_edits_through_the_denoiser_as_solved() -> None:
     denoiser, case = ToyDenoiser(), Case("cat => dog", "object")
     edit = uce.train(denoiser, case, 0, uce.PUBLISHED).edit
     (cat,), (dog,) = denoiser.encode(["cat"]), denoiser.encode(["dog"])
-    assert last_subject_token(denoiser, "cat").tolist() == cat[1].double().tolist()
+    assert last_subject_token(denoiser, "cat").tolist() == cat.tokens[1].double().tolist()
     for name, weight in denoiser.matrices().items():
         new = weight + edit.factors[name] @ edit.bases[name].T
-        before, after = ((w @ cat[1] - weight @ dog[1]).norm() for w in (weight, new))
+        before, after = ((w @ cat.tokens[1] - weight @ dog.tokens[1]).norm() for w in (weight, new))
         assert after < 0.05 * before
 
 
@@ -284,8 +285,8 @@ def _gap(denoiser: ToyDenoiser, case: Case, edit, eta: float | None) -> float:
     sigma = torch.full((6,), 5.0)
     with torch.no_grad():
         plain, towards, instead, now = (
-            predict_eps(denoiser, x, sigma, [tokens] * 6, change)
-            for tokens, change in ((null, None), (cat, None), (dog, None), (cat, edit))
+            predict_eps(denoiser, x, sigma, [prompt] * 6, change)
+            for prompt, change in ((null, None), (cat, None), (dog, None), (cat, edit))
         )
     wanted = instead if eta is None else plain - eta * (towards - plain)
     return float((now - wanted).norm())
@@ -317,7 +318,7 @@ def test_speed_and_ours_run_on_the_same_denoiser(monkeypatch) -> None:
     assert set(found.factors) == {"toy_attn2_to_v"}
     (null,) = denoiser.encode([""])
     change = found.factors["toy_attn2_to_v"] @ found.bases["toy_attn2_to_v"].T
-    assert change.any() and (change @ null[0]).abs().max() < 1e-5
+    assert change.any() and (change @ null.tokens[0]).abs().max() < 1e-5
     outcome = ours.train(denoiser, case, 0, {"preset": "instant", "captions": 24})
     assert outcome.edit.factors["toy_attn2_to_k"].any()
 
@@ -346,7 +347,7 @@ def test_every_variant_of_ours_can_be_asked_for() -> None:
 
 def test_inversion_trains_one_row_and_fits_better() -> None:
     denoiser = ToyDenoiser()
-    (tokens,) = denoiser.encode(["a picture of thing"])
+    tokens = denoiser.encode(["a picture of thing"])[0].tokens
     clean = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(1))
     found, losses = recovery.invert(denoiser, None, clean, tokens, 4, seed=0, steps=150, rate=0.1)
     assert (found != tokens).any(1).nonzero().flatten().tolist() == [4]
@@ -356,7 +357,7 @@ def test_inversion_trains_one_row_and_fits_better() -> None:
     x = clean.repeat(20, 1, 1, 1) + sigma.view(-1, 1, 1, 1) * noise
     with torch.no_grad():
         before, after = (
-            (predict_eps(denoiser, x, sigma, [rows] * 60) - noise).square().mean()
+            (predict_eps(denoiser, x, sigma, [Encoded(rows)] * 60) - noise).square().mean()
             for rows in (tokens, found)
         )
     assert after < 0.99 * before

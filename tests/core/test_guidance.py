@@ -97,15 +97,19 @@ def test_all_terms_of_the_soft_form(scores):
 def test_weights_by_noise_level():
     sigma = torch.tensor([1.0, 4.0, 1.0, 4.0])
     differences = torch.tensor([1.0, 0.1, 3.0, 0.3]).view(4, 1, 1, 1).expand(4, 2, 3, 3)
-    assert SigmaWeight("noise", sigma, differences)(sigma) is None
-    image = SigmaWeight("image", sigma, differences)(sigma)
+
+    def weights(kind):
+        return SigmaWeight(kind, sigma, differences, lambda levels: 1 + levels.square())
+
+    torch.testing.assert_close(weights("output")(sigma), torch.tensor([2.0, 17.0, 2.0, 17.0]))
+    image = weights("image")(sigma)
     torch.testing.assert_close(image, torch.tensor([1.0, 16.0, 1.0, 16.0]))
-    relative = SigmaWeight("relative", sigma, differences)
+    relative = weights("relative")
     shares = relative(sigma) * differences.square().mean((1, 2, 3))
     assert shares[[0, 2]].sum() == pytest.approx(shares[[1, 3]].sum())
     torch.testing.assert_close(relative(torch.tensor([3.9])), relative(sigma[1:2]))
     with pytest.raises(ValueError, match="weighting"):
-        SigmaWeight("none", sigma, differences)
+        weights("none")
 
 
 def test_weights_act_on_every_term(scores):

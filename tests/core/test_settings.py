@@ -5,7 +5,14 @@ import re
 
 import pytest
 from concept_surgery.erase_core import EraseSettings, SettingsError, preset_settings
-from concept_surgery.erase_core.layers import LAYER_RULES, LayerRuleError, matching
+from concept_surgery.erase_core.families import FAMILIES
+from concept_surgery.erase_core.layers import (
+    LAYER_RULES,
+    PROMPT_RULES,
+    LayerRuleError,
+    matching,
+    reads_prompt,
+)
 from concept_surgery.erase_core.prompts import (
     TEMPLATES,
     prompt_pairs,
@@ -132,7 +139,10 @@ def test_layer_rules_take_what_they_name(rule):
     names = [
         block + n for n in ("attn1_to_q", "attn2_to_q", "attn2_to_k", "attn2_to_v", "ff_net_2")
     ]
-    taken = [name.removeprefix(block) for name in matching(names, rule)]
+    sd3 = ["context_embedder", "joint_blocks_0_context_block_attn_qkv", "x_embedder_proj"]
+    flux = ["txt_in", "double_blocks_0_txt_attn_qkv", "double_blocks_0_img_attn_qkv"]
+    names += [f"lora_unet_{name}" for name in (*sd3, *flux)]
+    taken = [name.removeprefix(block).removeprefix("lora_unet_") for name in matching(names, rule)]
     assert (
         taken
         == {
@@ -140,8 +150,27 @@ def test_layer_rules_take_what_they_name(rule):
             "cross-attention": ["attn2_to_q", "attn2_to_k", "attn2_to_v"],
             "attention": ["attn1_to_q", "attn2_to_q", "attn2_to_k", "attn2_to_v"],
             "transformer": ["attn1_to_q", "attn2_to_q", "attn2_to_k", "attn2_to_v", "ff_net_2"],
+            "text-input": ["context_embedder", "txt_in"],
+            "text-stream": [
+                "joint_blocks_0_context_block_attn_qkv",
+                "double_blocks_0_txt_attn_qkv",
+            ],
         }[rule]
     )
+    assert all(map(reads_prompt, matching(names, rule))) == (rule in PROMPT_RULES)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_familys_defaults_make_settings_and_the_user_overrules_them(family):
+    settings = preset_settings("balanced", family=family.defaults, concepts="cat")
+    assert settings.form == "hard" and settings.layers in PROMPT_RULES
+    assert settings.resolution == {"SD1.x": 512, "SD2": 512, "SD2 (v)": 768}.get(family.name, 1024)
+    assert settings.guidance_scale == (1 if family.name == "Flux" else 5)
+    given = {"resolution": 640, "form": "soft", "layers": "*_to_out"}
+    own = preset_settings("balanced", family=family.defaults, concepts="cat", **given)
+    assert (own.resolution, own.form, own.layers, own.steps) == (640, "soft", "*_to_out", 80)
+    distilled = preset_settings("instant", family=family.defaults, distilled=True, concepts="cat")
+    assert distilled.guidance_scale == 1 and distilled.steps == 0
 
 
 def test_a_layer_rule_that_matches_nothing_lists_the_rules():

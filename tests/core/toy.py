@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from concept_surgery.erase_core.denoiser import LowRankSidePath
+from concept_surgery.erase_core.denoiser import Encoded, LowRankSidePath, stack_tokens
 from concept_surgery.erase_core.fingerprint import fingerprint
 from concept_surgery.erase_core.layers import matching
 from torch import nn
@@ -17,6 +17,7 @@ class ToyDenoiser:
     """Fulfils ``erase_core.denoiser.Denoiser``; every word has a fixed random embedding."""
 
     family, identity, device = "toy", "70" * 20, torch.device("cpu")
+    dtype = torch.float32
 
     def __init__(self, layers: str = "key-value") -> None:
         torch.manual_seed(0)
@@ -43,7 +44,7 @@ class ToyDenoiser:
         return ids
 
     def encode(self, prompts, together=False):
-        return [self._embed(ids) for ids in self.token_ids(prompts)]
+        return [Encoded(self._embed(ids)) for ids in self.token_ids(prompts)]
 
     def _embed(self, ids):
         rows = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(i)) for i in ids]
@@ -59,7 +60,11 @@ class ToyDenoiser:
     def noisy_latent(self, noise, sigma):
         return noise * (1 + sigma**2) ** 0.5
 
-    def predict_x0(self, x, sigma, tokens, edit=None):
+    def loss_weight(self, sigma):
+        return torch.ones_like(sigma)
+
+    def predict_x0(self, x, sigma, prompts, edit=None):
+        tokens = stack_tokens(prompts)
         self.calls += x.shape[0] * (3 if edit is not None and torch.is_grad_enabled() else 1)
         scaled = x / (1 + sigma.view(-1, 1, 1, 1) ** 2).sqrt()
         pixels = scaled.flatten(2).transpose(1, 2)

@@ -12,7 +12,7 @@ import comfy.sd
 import pytest
 import torch
 from comfy_api.torch_helpers.torch_compile import set_torch_compile_wrapper
-from concept_surgery.erase_core.denoiser import LowRankEdit
+from concept_surgery.erase_core.denoiser import Encoded, LowRankEdit
 from concept_surgery.erase_core.erasure import Erasure
 from concept_surgery.nodes.apply import ApplyErasure, ApplyError, apply_erasure, stack_report
 from concept_surgery.nodes.exact import ExactModeError, SidePath, side_paths
@@ -49,7 +49,8 @@ def other(erasure) -> Erasure:
 
 @pytest.fixture(scope="module")
 def tokens(loaded):
-    return dict(zip(PROMPTS, encode_prompts(loaded[1], list(PROMPTS.values())), strict=True))
+    encoded = encode_prompts(loaded[1], list(PROMPTS.values()))
+    return {name: prompt.tokens for name, prompt in zip(PROMPTS, encoded, strict=True)}
 
 
 def noise(model, rows, sigma=2.0):
@@ -223,12 +224,12 @@ def test_training_runs_with_the_erasures_beside_the_weights(loaded, erasure, oth
     expected = noise(upstream, rows, sigma)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)) * 5**0.5
     with torch.inference_mode(False), ComfyDenoiser(upstream, clip, "", 6, 64) as denoiser:
-        x0 = denoiser.predict_x0(x, torch.tensor([sigma]), rows[None])
+        x0 = denoiser.predict_x0(x, torch.tensor([sigma]), [Encoded(rows)])
         torch.testing.assert_close((x - x0) / sigma, expected, rtol=1e-4, atol=1e-4)
         matrices = denoiser.matrices()
         zeros = {name: torch.zeros_like(b).requires_grad_() for name, b in erasure.factors.items()}
         edit = LowRankEdit(erasure.bases, zeros)
-        denoiser.predict_x0(x, torch.tensor([sigma]), rows[None], edit).sum().backward()
+        denoiser.predict_x0(x, torch.tensor([sigma]), [Encoded(rows)], edit).sum().backward()
     assert all(float(factor.grad.norm()) > 0 for factor in zeros.values())
     with torch.inference_mode(False), ComfyDenoiser(merged, clip, "", 6, 64) as denoiser:
         for name, weight in denoiser.matrices().items():

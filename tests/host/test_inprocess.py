@@ -14,6 +14,7 @@ import comfy.utils
 import pytest
 import torch
 from concept_surgery.erase_core import Finished, PredictionError, erase, preset_settings
+from concept_surgery.erase_core.denoiser import Encoded
 from concept_surgery.erase_core.erasure import Erasure, ErasureFileError
 from concept_surgery.erase_core.layers import LayerRuleError
 from concept_surgery.erase_core.report import report_text
@@ -77,6 +78,10 @@ def weights_hash(model) -> str:
     return digest.hexdigest()
 
 
+def tokens_of(clip, prompts, together=False) -> list[torch.Tensor]:
+    return [prompt.tokens for prompt in encode_prompts(clip, prompts, together)]
+
+
 def noise_prediction(model, tokens, sigma: float) -> torch.Tensor:
     """What the host's own sampling code predicts, with the model's patches in place."""
     comfy.model_management.load_models_gpu([model])
@@ -109,13 +114,13 @@ def test_exact_prompts_do_not_move_and_the_rest_is_reported(loaded, store, count
     kept = result.erasure.record["measures"]["kept"]
     assert [entry["text"] for entry in kept] == list(KEEP[:count])
     exact = ["", negative, *(entry["text"] for entry in kept if entry["exact"])]
-    for tokens in encode_prompts(clip, exact):
+    for tokens in tokens_of(clip, exact):
         for sigma in (0.1, 1.0, 5.0, 14.0):
             assert relative_change(model, patched, tokens, sigma) <= 1e-5
     for entry in kept:
         if not entry["exact"]:
             assert entry["share_left"] < 0.25 and entry["drift"] > 1e-5
-    erased = encode_prompts(clip, ["a photo of a cat"])[0]
+    erased = tokens_of(clip, ["a photo of a cat"])[0]
     assert relative_change(model, patched, erased) > 0.02
 
 
@@ -146,7 +151,7 @@ def test_instant_moves_the_guidance_without_sampling(loaded, store):
     assert measured.erasure.record["measures"]["moved_held_out"]["overall"] >= 0.70
     model, clip = loaded
     patched = apply_erasure(model, alone.erasure, 1.0)
-    tokens, erased = encode_prompts(clip, ["", "a photo of a cat"])
+    tokens, erased = tokens_of(clip, ["", "a photo of a cat"])
     assert relative_change(model, patched, tokens) <= 1e-5
     assert relative_change(model, patched, erased) > 0.02
     assert "Nothing was sampled" in report_text(record)
@@ -178,7 +183,7 @@ def test_an_emphasised_word_of_a_kept_prompt_stays_exact(loaded, finished):
     """The host moves an emphasised token away from the null prompt's, which is exact too."""
     model, clip = loaded
     patched = apply_erasure(model, finished.erasure, 1.0)
-    plain, *emphasised = encode_prompts(
+    plain, *emphasised = tokens_of(
         clip, ["a photo of a tiger", "a photo of a (tiger:1.4)", "a (photo of a tiger:0.6)"]
     )
     for tokens in emphasised:
@@ -198,7 +203,7 @@ def test_several_concepts_share_a_run_and_one_is_taken_out_again(loaded, store):
     whole, without = apply_erasure(model, both, 1.0), apply_erasure(model, less, 1.0)
     texts = ["a photo of a pizza", "a photo", "a photo of a cat", "a photo of a dog"]
     texts += ["a castle in a garden", "a tent in a garden", ""]
-    pizza, photo, cat, dog, castle, tent, null = encode_prompts(clip, texts)
+    pizza, photo, cat, dog, castle, tent, null = tokens_of(clip, texts)
     prompts = [(pizza, photo), (cat, dog), (castle, tent)]
     before = [moved_at(model, whole, *pair) for pair in prompts]
     after = [moved_at(model, without, *pair) for pair in prompts]
@@ -248,7 +253,7 @@ def test_training_and_applying_leave_the_model_as_it_was(loaded, store):
     model, clip = loaded
     before = weights_hash(model)
     patched = apply_erasure(model, train(loaded, store, concepts="cat").erasure, 1.0)
-    noise_prediction(patched, encode_prompts(clip, ["a cat"])[0], 2.0)
+    noise_prediction(patched, tokens_of(clip, ["a cat"])[0], 2.0)
     assert weights_hash(model) == before
     assert not model.patches
 
@@ -292,7 +297,7 @@ def test_strength_zero_is_the_input_model(loaded, finished):
     model, clip = loaded
     patched = apply_erasure(model, finished.erasure, 0.0)
     assert not patched.patches and patched is not model
-    tokens = encode_prompts(clip, ["a cat"])[0]
+    tokens = tokens_of(clip, ["a cat"])[0]
     assert torch.equal(noise_prediction(model, tokens, 2.0), noise_prediction(patched, tokens, 2.0))
 
 
@@ -304,7 +309,7 @@ def test_twice_is_refused_and_two_erasures_commute(loaded, store, finished):
     other = train(loaded, store, concepts="pizza").erasure
     both = apply_erasure(once, other, 1.0)
     swapped = apply_erasure(apply_erasure(model, other, 1.0), finished.erasure, 1.0)
-    tokens = encode_prompts(clip, ["a cat eating pizza"])[0]
+    tokens = tokens_of(clip, ["a cat eating pizza"])[0]
     one, two = noise_prediction(both, tokens, 2.0), noise_prediction(swapped, tokens, 2.0)
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
@@ -318,7 +323,7 @@ def test_file_is_a_lora_that_the_stock_code_loads_alike(loaded, finished, tmp_pa
         stock, _ = comfy.sd.load_lora_for_models(
             model, None, comfy.utils.load_torch_file(str(path)), 1.0, 0.0
         )
-    tokens = encode_prompts(clip, ["a cat"])[0]
+    tokens = tokens_of(clip, ["a cat"])[0]
     ours = noise_prediction(apply_erasure(model, again, 1.0), tokens, 2.0)
     assert torch.equal(noise_prediction(stock, tokens, 2.0), ours)
     assert not torch.equal(noise_prediction(model, tokens, 2.0), ours)
@@ -413,24 +418,21 @@ def test_nan_in_the_model_ends_the_run_with_advice(checkpoint, loaded, store):
 
 
 def test_another_family_is_refused_by_name(loaded):
-    config = comfy.supported_models.SD20(
-        {**loaded[0].model.model_config.unet_config, "context_dim": 1024}
-    )
+    unet = {**loaded[0].model.model_config.unet_config, "adm_in_channels": 2560}
+    config = comfy.supported_models.SDXLRefiner({**unet, "num_classes": "sequential"})
     config.set_inference_dtype(torch.float32, None)
     cpu = torch.device("cpu")
     model = comfy.model_patcher.ModelPatcher(config.get_model({}, "", device=cpu), cpu, cpu)
-    with pytest.raises(UnsupportedModelError, match="of the family SD20 .* works on SD1.x"):
-        ComfyDenoiser(model, loaded[1], "sd2", 6, 64)
+    with pytest.raises(UnsupportedModelError, match="of the family SDXLRefiner .* works on SD1.x"):
+        ComfyDenoiser(model, loaded[1], "refiner", 6, 64)
 
 
 def test_prompts_beyond_the_window_are_encoded_whole_and_kept_exact(loaded, store):
     model, clip = loaded
     long = ", ".join(f"a {thing} by the sea" for thing in ("boat", "tree", "house", "dog") * 5)
-    one, other = encode_prompts(clip, [long, "a cat"])
+    one, other = tokens_of(clip, [long, "a cat"])
     assert one.shape == (154, 768) and other.shape == (77, 768)
-    for alone, batched in zip(
-        (one, other), encode_prompts(clip, [long, "a cat"], True), strict=True
-    ):
+    for alone, batched in zip((one, other), tokens_of(clip, [long, "a cat"], True), strict=True):
         torch.testing.assert_close(alone, batched, rtol=1e-4, atol=1e-4)
     result = train(loaded, store, concepts="cat => dog", keep=(long,), steps=2)
     (kept,) = result.erasure.record["measures"]["kept"]
@@ -441,13 +443,13 @@ def test_prompts_beyond_the_window_are_encoded_whole_and_kept_exact(loaded, stor
 def test_training_sees_the_patches_upstream(loaded, finished):
     model, clip = loaded
     patched = apply_erasure(model, finished.erasure, 1.0)
-    tokens = encode_prompts(clip, ["a cat"])[0]
+    tokens = tokens_of(clip, ["a cat"])[0]
     expected = noise_prediction(patched, tokens, 2.0)
     with torch.inference_mode(False), ComfyDenoiser(patched, clip, "", 6, 64) as denoiser:
         assert denoiser.base["fingerprint"] == finished.erasure.record["base"]["fingerprint"]
         generator = torch.Generator().manual_seed(3)
         x = torch.randn(1, 4, 8, 8, generator=generator) * 5**0.5
-        x0 = denoiser.predict_x0(x, torch.tensor([2.0]), tokens[None])
+        x0 = denoiser.predict_x0(x, torch.tensor([2.0]), [Encoded(tokens)])
     torch.testing.assert_close((x - x0) / 2.0, expected, rtol=1e-4, atol=1e-4)
 
 

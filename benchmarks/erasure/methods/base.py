@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from concept_surgery.erase_core.denoiser import Denoiser, LowRankEdit, stack_tokens
+from concept_surgery.erase_core.denoiser import Denoiser, Encoded, LowRankEdit
 from concept_surgery.erase_core.states import check_finite, euler_step
 from torch import Tensor
 
@@ -67,11 +67,11 @@ def predict_eps(
     denoiser: Denoiser,
     x: Tensor,
     sigma: Tensor,
-    prompts: Sequence[Tensor],
+    prompts: Sequence[Encoded],
     edit: LowRankEdit | None = None,
 ) -> Tensor:
-    """``(x - x0) / sigma`` at x (n, c, h, w) and sigma (n,) under n prompts (tokens, width)."""
-    x0 = denoiser.predict_x0(x, sigma, stack_tokens(prompts), edit)
+    """``(x - x0) / sigma`` at x (n, c, h, w) and sigma (n,) under n prompts."""
+    x0 = denoiser.predict_x0(x, sigma, prompts, edit)
     check_finite(x0, float(sigma.min()))
     return (x - x0) / sigma.view(-1, 1, 1, 1)
 
@@ -80,8 +80,8 @@ def predict_eps(
 def partly_denoised(
     denoiser: Denoiser,
     noise: Tensor,
-    null: Tensor,
-    prompt: Tensor,
+    null: Encoded,
+    prompt: Encoded,
     sigmas: Tensor,
     stop: int,
     guidance: float,
@@ -94,7 +94,7 @@ def partly_denoised(
     """
     count = len(noise)
     x = denoiser.noisy_latent(noise, sigmas[0])
-    prompts = stack_tokens([null] * count + [prompt] * count)
+    prompts = [null] * count + [prompt] * count
     with torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext():
         for sigma, after in zip(sigmas[:stop], sigmas[1 : stop + 1], strict=True):
             both = denoiser.predict_x0(x.repeat(2, 1, 1, 1), sigma.repeat(2 * count), prompts, edit)
@@ -144,8 +144,8 @@ def _uniform(width: int, rank: int, generator: torch.Generator) -> Tensor:
 
 def last_subject_token(denoiser: Denoiser, text: str) -> Tensor:
     """Embedding (width,) of the last token before the end token; of "" the start token's."""
-    (ids,), (rows,) = denoiser.token_ids([text]), denoiser.encode([text])
-    return rows[ids.index(ids[-1]) - 1].double()
+    (ids,), (prompt,) = denoiser.token_ids([text]), denoiser.encode([text])
+    return prompt.tokens[ids.index(ids[-1]) - 1].double()
 
 
 def in_turn(items: Sequence[Any], step: int) -> Any:

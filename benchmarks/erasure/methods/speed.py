@@ -121,7 +121,7 @@ def _above_mean(rows: Tensor, change: Tensor) -> Tensor:
 
 def _invariant(denoiser: Denoiser, generator: torch.Generator) -> Tensor:
     """C2 (4, width): the empty prompt's start token and centres of the rest."""
-    (rows,) = denoiser.encode([""])
+    rows = denoiser.encode([""])[0].tokens
     return torch.cat([rows[:1].double(), _centres(rows[1:].double(), CENTRES, generator)])
 
 

@@ -1,0 +1,138 @@
+"""The gradient check: passes where the gradient is right, and ends the run where it isn't."""
+
+import pytest
+import torch
+from concept_surgery.erase_core import GradientError, erase, preset_settings
+from concept_surgery.erase_core.gradient import MOST_APART, check_gradient
+
+from .toy import ToyDenoiser
+
+SMALL = {"resolution": 32, "captions": 40, "trajectories": 8, "sampling_steps": 4, "steps": 2}
+
+
+def record_of(toy, **values):
+    settings = preset_settings("balanced", **{"concepts": "cat => dog", **SMALL, **values})
+    return list(erase(settings, toy))[-1].erasure.record
+
+
+class ScaledGradient(torch.autograd.Function):
+    """The identity, with a backward that is off by a factor."""
+
+    @staticmethod
+    def forward(context, x, factor):
+        context.factor = factor
+        return x
+
+    @staticmethod
+    def backward(context, gradient):
+        return context.factor * gradient, None
+
+
+def on_output(layer, change):
+    """Pass what a layer gives, side path included, through a function."""
+    layer.register_forward_hook(lambda _layer, _inputs, output: change(output))
+
+
+@pytest.mark.parametrize("warm_start", [True, False])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"concepts": "cat => dog\npizza"},
+        {"form": "soft", "keep": ("a tree",)},
+        {"form": "soft", "layers": "cross-attention"},
+    ],
+    ids=["hard", "two concepts", "soft", "other layers"],
+)
+def test_an_honest_gradient_agrees_with_the_difference(values, warm_start):
+    toy = ToyDenoiser(values.get("layers", "key-value"))
+    apart = record_of(toy, warm_start=warm_start, **values)["gradient_apart"]
+    assert 0 <= apart <= 0.02
+
+
+@pytest.mark.parametrize("layer", ["key", "value"])
+def test_a_layer_that_detaches_ends_the_run(layer):
+    toy = ToyDenoiser()
+    on_output(getattr(toy, layer), torch.Tensor.detach)
+    with pytest.raises(GradientError, match="No gradient reaches 1 of the trained matrices.*to_"):
+        record_of(toy, protection=1.0)
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.1, -1.0])
+def test_a_gradient_of_the_wrong_size_ends_the_run(factor):
+    toy = ToyDenoiser()
+    on_output(toy.value, lambda output: ScaledGradient.apply(output, factor))
+    on_output(toy.key, lambda output: ScaledGradient.apply(output, factor))
+    with pytest.raises(GradientError, match="gradient is wrong: along a test direction"):
+        record_of(toy, protection=1.0)
+
+
+def test_one_layer_in_many_that_is_wrong_ends_the_run():
+    toy = ToyDenoiser("cross-attention")
+    on_output(toy.out, lambda output: ScaledGradient.apply(output, 3.0))
+    with pytest.raises(GradientError, match="gradient is wrong"):
+        record_of(toy, form="soft", layers="cross-attention", protection=1.0)
+
+
+def test_a_matrix_that_does_not_matter_may_have_no_gradient():
+    toy = ToyDenoiser()
+    toy.query.weight.zero_()  # attention is even whatever the keys are
+    toy.query.bias.zero_()
+    on_output(toy.key, torch.Tensor.detach)
+    assert record_of(toy, protection=1.0)["gradient_apart"] <= 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_told_from_a_wrong_gradient(dtype):
+    class HalfToy(ToyDenoiser):
+        def predict_x0(self, x, sigma, prompts, edit=None):
+            eps = (x - super().predict_x0(x, sigma, prompts, edit)) / sigma.view(-1, 1, 1, 1)
+            return x - sigma.view(-1, 1, 1, 1) * eps.to(self.dtype).float()
+
+    toy = HalfToy()
+    toy.dtype = dtype
+    assert record_of(toy)["gradient_apart"] <= MOST_APART / 2
+    on_output(toy.value, lambda output: ScaledGradient.apply(output, 0.8))
+    on_output(toy.key, lambda output: ScaledGradient.apply(output, 0.8))
+    with pytest.raises(GradientError, match="gradient is wrong"):
+        record_of(toy)
+
+
+def test_the_check_costs_five_and_touches_nothing():
+    calls = []
+
+    class Watched(ToyDenoiser):
+        def predict_x0(self, x, sigma, prompts, edit=None):
+            learning = edit is not None and torch.is_grad_enabled()
+            calls.append(len(x) * (3 if learning else 1))
+            return super().predict_x0(x, sigma, prompts, edit)
+
+    settings = preset_settings("balanced", concepts="cat => dog", **SMALL)
+    stages, spent = [], {}
+    for event in erase(settings, Watched()):
+        stages.append(getattr(event, "stage", ""))
+        spent.setdefault(stages[-1], sum(calls))
+    first = spent["Training, step 1 of 2"] - spent["Checking the gradient"]
+    assert first == 5 + 3 * settings.batch
+    assert event.erasure.record["forward_equivalents"] == sum(calls)
+
+
+def test_overflow_of_scaled_gradients_is_scaled_down():
+    class Overflowing(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient.half().float() if gradient.abs().max() < 60 else gradient / 0
+
+    from concept_surgery.erase_core.denoiser import LowRankEdit
+
+    weight = torch.randn(6, 4)
+    start = LowRankEdit({"m": torch.eye(4)}, {"m": torch.randn(6, 4)})
+
+    def loss(edit):
+        return (Overflowing.apply(edit.factors["m"]) - weight).square().sum()
+
+    assert check_gradient(loss, start, torch.float16, scale=1024.0) <= 0.01

@@ -1,0 +1,114 @@
+"""Shrunken models of other families than SD1.x, with text encoders that the host can't load small.
+
+The host's own classes throughout: the U-Nets come through the stock loader, the text encoders are
+the host's with fewer layers and random weights, SD3 and Flux are built from a configuration.
+"""
+
+from __future__ import annotations
+
+import math
+
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import torch
+
+from tools.checkpoint import build_checkpoint
+from tools.environment import BUILD
+
+LAYERS = 3  # the fewest that have a last but one beside the first
+_GAINS = {"q_proj": 3.0, "k_proj": 3.0, "out_proj": 0.3, "fc2": 0.1}  # as in tools.checkpoint
+
+
+def load_family(layout: str):
+    """MODEL and CLIP of a shrunken checkpoint, made as the host's executor would."""
+    path = build_checkpoint(BUILD / "checkpoints" / f"{layout}.safetensors", layout=layout)
+    with torch.inference_mode():
+        model = comfy.sd.load_diffusion_model(str(path))
+        return model, random_text_encoder(model.model.model_config)
+
+
+def random_text_encoder(config):
+    """The CLIP that belongs to a configuration of the host, a few layers deep."""
+    encoders = ("clip_l", "clip_g", "clip_h")
+    options = {
+        f"{name}_model_config": {"num_hidden_layers": LAYERS, "intermediate_size": 64}
+        for name in encoders
+    }
+    clip = comfy.sd.CLIP(config.clip_target({}), model_options=options)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in clip.cond_stage_model.named_parameters():
+        if weight.ndim < 2:
+            weight.fill_(1.0 if name.endswith("weight") else 0.0)
+            continue
+        gain = _GAINS.get(name.split(".")[-2], 1.0)
+        std = gain if "embedding" in name else gain / math.sqrt(weight.shape[1])
+        weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+    return clip
+
+
+def joint_model(family: str):
+    """MODEL and CLIP of a shrunken SD3 or Flux, built in Python from the host's classes.
+
+    CLIP-L stands for their text encoders: both take the width of the tokens from their weights.
+    """
+    config_class, unet = _JOINT[family]
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        config = config_class(dict(unet))
+        config.set_inference_dtype(torch.float32, None)
+        model = comfy.model_patcher.ModelPatcher(config.get_model({}, "", device=cpu), cpu, cpu)
+        generator = torch.Generator().manual_seed(0)
+        for name, weight in model.model.diffusion_model.state_dict().items():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim > 1 and "pos_embed" not in name:
+                gain = _POOLED_EFFECT if name.startswith(("y_embedder", "vector_in")) else 1.0
+                weight.copy_(gain * noise / math.sqrt(weight[0].numel()))
+            else:  # the biases of the modulation open its gates
+                weight.copy_(1 + 0.1 * noise if "norm" in name else 0.3 * noise)
+        return model, random_text_encoder(comfy.supported_models.SD15({}))
+
+
+_TEXT, _HEADS = 768, 4
+_POOLED_EFFECT = 0.1  # else it would carry all that a prompt does
+_JOINT = {
+    "sd3": (
+        comfy.supported_models.SD3,
+        {
+            "in_channels": 16,
+            "out_channels": 16,
+            "patch_size": 2,
+            "depth": _HEADS,
+            "input_size": None,
+            "adm_in_channels": _TEXT,
+            "context_embedder_config": {
+                "target": "torch.nn.Linear",
+                "params": {"in_features": _TEXT, "out_features": 64 * _HEADS},
+            },
+            "num_patches": 32 * 32,
+            "pos_embed_max_size": 32,
+            "pos_embed_scaling_factor": None,
+            "x_block_self_attn_layers": [],
+        },
+    ),
+    "flux": (
+        comfy.supported_models.Flux,
+        {
+            "image_model": "flux",
+            "in_channels": 16,
+            "out_channels": 16,
+            "patch_size": 2,
+            "vec_in_dim": _TEXT,
+            "context_in_dim": _TEXT,
+            "hidden_size": 256,
+            "mlp_ratio": 4.0,
+            "num_heads": 2,
+            "depth": 2,
+            "depth_single_blocks": 2,
+            "axes_dim": [16, 56, 56],
+            "theta": 10000,
+            "qkv_bias": True,
+            "guidance_embed": True,
+        },
+    ),
+}
