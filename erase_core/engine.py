@@ -346,7 +346,8 @@ class _Run:
         return movement_on(self.denoiser, prompts.pairs, states, edit, self.settings.eta, batch)
 
     def _pairs(self, prompts: EncodedPrompts, count: int, stage: str) -> Iterator[Progress]:
-        wanted = draw_pairs(prompts.pairs, count, self._shape, self.generator)
+        driven_by = self.settings.driven_by
+        wanted = draw_pairs(prompts.pairs, count, self._shape, self.generator, driven_by)
         return (yield from self._sample(prompts, wanted, stage))
 
     def _sample(

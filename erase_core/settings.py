@@ -13,6 +13,7 @@ from .layers import LAYER_RULES, PROMPT_RULES
 KINDS = ("object", "style", "person", "tags")
 FORMS = ("hard", "soft")
 NULL_SCORES = ("frozen", "student", "detached")
+DRIVERS = ("both", "erased", "alternative")
 WEIGHTINGS = ("output", "relative", "image")
 ARROW = "=>"
 
@@ -73,6 +74,7 @@ class EraseSettings:
             twice in a row; 0 never does.
         trajectories: frozen trajectories in the pool; a quarter of them is held out. 0 samples
             nothing, so that nothing is trained or measured on predictions either.
+        driven_by: which prompt of a pair drives a trajectory; "both" in turn.
         sampling_steps: sampler steps of each trajectory.
         guidance_scale: guidance scale of the trajectories (1 for distilled models).
         resolution: side of the training pictures in pixels.
@@ -103,6 +105,7 @@ class EraseSettings:
     learning_rate: float = 0.003
     stop_below: float = 0.0
     trajectories: int = 16
+    driven_by: str = "both"
     sampling_steps: int = 9
     guidance_scale: float = 5.0
     resolution: int = 512
@@ -111,7 +114,7 @@ class EraseSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "concepts", parse_concepts(self.concepts))
-        for name in ("kind", "form", "layers", "null_score", "weighting"):
+        for name in ("kind", "form", "layers", "null_score", "weighting", "driven_by"):
             object.__setattr__(self, name, _text(name, getattr(self, name)))
         for name in ("keep", "negative_prompts", "templates"):
             object.__setattr__(self, name, _lines(name, getattr(self, name)))
@@ -320,6 +323,7 @@ _CHOICES = (
     ("form", FORMS),
     ("null_score", NULL_SCORES),
     ("weighting", WEIGHTINGS),
+    ("driven_by", DRIVERS),
 )
 _INTEGER_RANGES = (
     ("rank", 1, 256),

@@ -118,13 +118,15 @@ def draw_pairs(
     count: int,
     shape: Sequence[int],
     generator: torch.Generator,
+    driven_by: str = "both",
 ) -> Trajectories:
-    """Trajectories of prompt pairs, half driven by ``e`` and half by ``a``.
+    """Trajectories of prompt pairs, driven by ``e``, by ``a``, or half by each.
 
     The concepts take turns, and each pair of a concept comes once before any comes again.
 
     Args:
         shape: (c, h, w) of a latent.
+        driven_by: one of :data:`settings.DRIVERS`.
     """
     concepts = max(pair.concept for pair in pairs) + 1
     members = [[i for i, p in enumerate(pairs) if p.concept == c] for c in range(concepts)]
@@ -135,7 +137,8 @@ def draw_pairs(
         if not left:
             left += [own[i] for i in torch.randperm(len(own), generator=generator).tolist()]
         chosen.append(left.pop(0))
-    driver = [turn // concepts % 2 for turn in range(count)]
+    roles = {"erased": [0], "alternative": [1], "both": [0, 1]}[driven_by]
+    driver = [roles[turn // concepts % len(roles)] for turn in range(count)]
     noise = torch.randn(count, *shape, generator=generator)
     prompts = [(pairs[i].erased, pairs[i].alternative) for i in chosen]
     return Trajectories(prompts, driver, chosen, noise)

@@ -23,6 +23,7 @@ from concept_surgery.erase_core.language import (
     plain_captions,
     spread,
 )
+from concept_surgery.erase_core.states import EncodedPair, draw_pairs
 from concept_surgery.erase_core.subspace import SubspaceError
 
 from .toy import ToyDenoiser
@@ -121,6 +122,18 @@ def test_training_that_diverges_ends_and_keeps_what_was_learned(monkeypatch):
     stopping = iter([False] * 6 + [True])  # the seventh step was the first one not to be trusted
     expected = run(should_stop=lambda: next(stopping))[-1].erasure
     assert event.erasure.identity == expected.identity
+
+
+@pytest.mark.parametrize(
+    "driven_by, drivers", [("both", {0, 1}), ("erased", {0}), ("alternative", {1})]
+)
+def test_trajectories_are_driven_by_the_prompts_asked_for(driven_by, drivers):
+    pairs = [EncodedPair(*ToyDenoiser().encode([f"a {w}", "a dog"]), c) for c, w in enumerate("xy")]
+    generator = torch.Generator().manual_seed(0)
+    wanted = draw_pairs(pairs, 8, (4, 2, 2), generator, driven_by)
+    for concept in (0, 1):
+        own = [d for d, i in zip(wanted.driver, wanted.index, strict=True) if i == concept]
+        assert len(own) == 4 and set(own) == drivers
 
 
 def test_memory_that_runs_out_halves_the_batch_and_says_when_that_is_not_enough(monkeypatch):

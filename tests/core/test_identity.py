@@ -82,6 +82,7 @@ def test_every_setting_counts(name):
         "layers": "attention",
         "null_score": "student",
         "weighting": "image",
+        "driven_by": "erased",
         "warm_start": False,
         "stop_below": 0.1,
         "resolution": 256,

@@ -19,9 +19,9 @@ class RememberingClip:
         """As the host does."""
         return self._clip.tokenize(text)
 
-    def encode_from_tokens(self, tokens: Any) -> Any:
+    def encode_from_tokens(self, tokens: Any, **options: Any) -> Any:
         """As the host does; prompts encoded together are remembered as such."""
-        key = repr(tokens)
+        key = repr((tokens, options))
         if key not in self._known:
-            self._known[key] = self._clip.encode_from_tokens(tokens)
+            self._known[key] = self._clip.encode_from_tokens(tokens, **options)
         return self._known[key]
