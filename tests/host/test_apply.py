@@ -97,8 +97,8 @@ def test_training_runs_on_the_prompt_as_it_was_before_rounding(loaded, erasure, 
     change = {}
     with torch.inference_mode(False), ComfyDenoiser(model, loaded[1], "", 6, 64) as denoiser:
         for kind, rows in tokens.items():
-            plain = denoiser.predict_x0(x, sigma, rows[None])
-            edited = denoiser.predict_x0(x, sigma, rows[None], erasure.edit())
+            plain = denoiser.predict_x0(x, sigma, [Encoded(rows)])
+            edited = denoiser.predict_x0(x, sigma, [Encoded(rows)], erasure.edit())
             change[kind] = float((edited - plain).norm() / (x - plain).norm())
     assert all(change[kind] <= 1e-4 for kind in UNMOVED)
     assert change["erased"] > 0.02
