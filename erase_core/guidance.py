@@ -46,7 +46,7 @@ def surgical_target(g_erased: Tensor, g_alternative: Tensor, eta: float = 0.0) -
 
 def weighted_error(difference: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean over the batch of ``w |difference|^2`` per element; weight (n,) or None for 1."""
-    squared = difference.square().reshape(len(difference), -1).mean(dim=1)
+    squared = difference.square().flatten(1).mean(dim=1)
     return (squared if weight is None else squared * weight).mean()
 
 
@@ -153,10 +153,15 @@ def moved(
     Args:
         weight: w(sigma), (n,); None for 1.
     """
-    distance = weighted_error((g_original - target).double(), weight)
+
+    def squared(difference: Tensor) -> Tensor:
+        each = difference.double().square()
+        return (each if weight is None else each * _per_image(weight, each)).sum()
+
+    distance = squared(g_original - target)
     if distance == 0:
         return 0.0
-    return float(1 - weighted_error((g_student - target).double(), weight) / distance)
+    return float(1 - squared(g_student - target) / distance)
 
 
 def _per_image(values: Tensor, like: Tensor) -> Tensor:

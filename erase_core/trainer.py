@@ -244,13 +244,12 @@ class SurgeryTrainer:
                     raise
                 if self._parts >= len(index):
                     raise TrainingError(ADVICE.format(task="train")) from error
-            else:
-                overflown = math.isfinite(value) and not self._gradient_is_finite()
-                if self._loss_scale == 1 or not overflown:
-                    return value
-                self._loss_scale /= 8
+                self._parts = min(2 * self._parts, len(index))
                 continue
-            self._parts = min(2 * self._parts, len(index))
+            overflown = math.isfinite(value) and not self._gradient_is_finite()
+            if self._loss_scale == 1 or not overflown:
+                return value
+            self._loss_scale /= 8
 
     def _backward_in_parts(self, index: Tensor, kept_index: Tensor) -> float:
         self._optimiser.zero_grad()
@@ -270,7 +269,8 @@ class SurgeryTrainer:
         return [tensor.grad for tensor in self._values if tensor.grad is not None]
 
     def _gradient_is_finite(self) -> bool:
-        return all(bool(torch.isfinite(gradient).all()) for gradient in self._gradients())
+        sizes = [gradient.abs().sum() for gradient in self._gradients()]
+        return bool(torch.stack(sizes).isfinite().all())  # one wait for the device, not many
 
     def _back_to_good(self) -> None:
         with torch.no_grad():

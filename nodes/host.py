@@ -82,7 +82,7 @@ class ComfyDenoiser:
         resolution: int,
         layers: str | None = None,
     ) -> None:
-        self._family = model_family(model)
+        self._family = trainable_family(model)
         self.family = self._family.name
         self.base = {"name": base_name, "fingerprint": base_fingerprint(model)}
         self._model, self._clip = with_resident_weights(model), clip
@@ -214,24 +214,29 @@ class ComfyDenoiser:
 
 
 def model_family(model) -> Family:
-    """The model's family.
+    """The model's family, variants such as inpainting models included.
 
     Raises:
-        UnsupportedModelError: a family, or a variant with other channels, that isn't supported.
+        UnsupportedModelError: another family.
     """
     inner = model.model
-    found = [
-        family
-        for family, config, base in FAMILIES
-        if isinstance(inner.model_config, config) and type(inner) is base
-    ]
+    found = [family for family, config, _ in FAMILIES if isinstance(inner.model_config, config)]
     if not found:
-        known = ", ".join(family.name for family, *_ in FAMILIES)
-        raise UnsupportedModelError(
-            f"This model is of the family {type(inner.model_config).__name__} "
-            f"({type(inner).__name__}). Concept Surgery works on {known} for now; load a "
-            "checkpoint of one of these."
-        )
+        raise _unsupported(inner)
+    if found[0] is families.SD2 and inner.model_type is comfy.model_base.ModelType.V_PREDICTION:
+        return families.SD2_V
+    return found[0]
+
+
+def trainable_family(model) -> Family:
+    """The family of a model that can be trained on.
+
+    Raises:
+        UnsupportedModelError: another family, or a variant with other inputs.
+    """
+    inner, family = model.model, model_family(model)
+    if type(inner) not in [base for *_, base in FAMILIES]:
+        raise _unsupported(inner)
     channels = inner.model_config.unet_config.get("in_channels", 4)
     expected = inner.latent_format.latent_channels
     if inner.concat_keys or channels != expected:
@@ -240,9 +245,16 @@ def model_family(model) -> Family:
             f"a plain one takes {expected}. Train on the plain model of the same family; the "
             "erasure file can then be applied to this one with a LoRA loader."
         )
-    if found[0] is families.SD2 and inner.model_type is comfy.model_base.ModelType.V_PREDICTION:
-        return families.SD2_V
-    return found[0]
+    return family
+
+
+def _unsupported(inner) -> UnsupportedModelError:
+    known = ", ".join(family.name for family, *_ in FAMILIES)
+    return UnsupportedModelError(
+        f"This model is of the family {type(inner.model_config).__name__} "
+        f"({type(inner).__name__}). Concept Surgery works on {known} for now; load a checkpoint of "
+        "one of these."
+    )
 
 
 def with_resident_weights(model):

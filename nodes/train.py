@@ -16,7 +16,7 @@ from ..erase_core.layers import LAYER_RULES
 from ..erase_core.prompts import prompt_pairs
 from ..erase_core.report import report_text
 from ..erase_core.settings import FORMS, NULL_SCORES, parse_concepts
-from .host import ComfyDenoiser, left_out_of_training, model_family
+from .host import ComfyDenoiser, left_out_of_training, trainable_family
 from .messages import show_progress_text, upstream_file, warn
 from .results import ResultStore
 from .schema import CATEGORY, ErasureType, compatible
@@ -99,7 +99,7 @@ class TrainErasure(io.ComfyNode):
                 "No CLIP is connected (the checkpoint has none). Concepts are words: connect the "
                 "CLIP of a checkpoint loader or of a CLIP loader."
             )
-        settings = settings_from_widgets(widgets, model_family(model))
+        settings = settings_from_widgets(widgets, trainable_family(model))
         # The host runs nodes in inference mode, where nothing can be trained.
         with torch.inference_mode(False), torch.enable_grad():
             reuse = widgets.get("stored_result", USE_IF_THERE)

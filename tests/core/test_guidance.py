@@ -165,3 +165,11 @@ def test_moved_is_none_half_and_all_of_the_way():
     assert moved(goal, start, goal) == 1
     assert moved(start / 2, start, goal) == pytest.approx(0.75)
     assert moved(start, goal, goal) == 0
+
+
+def test_moved_weighs_the_noise_levels_and_nothing_of_nothing_is_none():
+    start, goal = torch.ones(2, 4, 2, 2), torch.zeros(2, 4, 2, 2)
+    student = torch.cat([goal[:1], start[1:]])  # the first state went all the way
+    assert moved(student, start, goal) == pytest.approx(0.5)
+    assert moved(student, start, goal, torch.tensor([9.0, 1.0])) == pytest.approx(0.9)
+    assert moved(start[:0], start[:0], goal[:0], torch.ones(0)) == 0

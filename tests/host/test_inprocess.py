@@ -25,6 +25,7 @@ from concept_surgery.nodes.host import (
     UnsupportedModelError,
     encode_prompts,
     left_out_of_training,
+    trained_keys,
     twin_of,
 )
 from concept_surgery.nodes.store import KEPT_FILES, LanguageStore
@@ -394,7 +395,7 @@ def test_another_base_is_a_warning_and_another_shape_an_error(loaded, finished):
         apply_erasure(model, finished.erasure, 6.0)
 
 
-def test_inpainting_model_is_refused(loaded):
+def test_inpainting_model_is_refused_for_training_and_its_matrices_are_known(loaded):
     path = build_checkpoint(
         BUILD / "checkpoints" / "inpaint.safetensors", layout="nano", in_channels=9
     )
@@ -402,6 +403,7 @@ def test_inpainting_model_is_refused(loaded):
         model = comfy.sd.load_checkpoint_guess_config(str(path), output_clip=False)[0]
     with pytest.raises(UnsupportedModelError, match="takes 9 channels"):
         ComfyDenoiser(model, loaded[1], "inpaint", 6, 64)
+    assert len(trained_keys(model)) == 2
 
 
 def test_no_clip_is_refused(loaded):
