@@ -27,6 +27,7 @@ FLOOR = 1e-6
 # Of the subspace iteration that finds the leading directions: it ends when a round adds less than
 # this share to what they weigh.
 OVERSAMPLING, MOST_ITERATIONS, LEAST_GROWTH = 16, 30, 1e-5
+JITTERS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
 # Directions of the space found that are smaller than this lie in the exact set.
 REAL_DIRECTION = 1e-6
 
@@ -150,7 +151,7 @@ class EditRegression:
         leading directions weigh grows no more. It only has to find the space, so float32 will do.
         """
         width = len(inner)
-        root, identity = torch.linalg.cholesky(inner), torch.eye(width, dtype=inner.dtype)
+        root, identity = _cholesky(inner), torch.eye(width, dtype=inner.dtype)
         whiten = torch.linalg.solve_triangular(root, identity, upper=False).float()
         size = min(rank + OVERSAMPLING, width - self._exact.shape[1])
         generator = torch.Generator().manual_seed(0)
@@ -201,6 +202,22 @@ class EditRegression:
         columns = list(zip(ends[:-1], ends[1:], strict=True))
         distance = float(self._distances.mean())
         return ClosedForm(basis, mixing, columns, moved.tolist(), distance, harm)
+
+
+def _cholesky(positive: Tensor) -> Tensor:
+    """L with ``L L^T`` the matrix, to which as much of the identity is added as rounding asks for.
+
+    Raises:
+        torch.linalg.LinAlgError: it is far from positive, or not finite.
+    """
+    scale = positive.diagonal().mean()
+    for jitter in JITTERS:
+        root, failed = torch.linalg.cholesky_ex(
+            positive + jitter * scale * torch.eye(len(positive))
+        )
+        if not failed:
+            return root
+    return torch.linalg.cholesky(positive)
 
 
 def metric(matrices: Mapping[str, Tensor], moment: Tensor) -> Tensor:

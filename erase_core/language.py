@@ -76,7 +76,8 @@ def encode_language(
     if cache is None or key not in cache:
         moment = yield from _mean_moment(denoiser, captions)
         cache = {} if cache is None else cache
-        cache[key] = moment.float()
+        # In float64: rounded to float32 it is no longer positive where few captions reach.
+        cache[key] = moment
     moment = cache[key].double()
     count = len(captions) - len(left_out)
     if not left_out or not count:

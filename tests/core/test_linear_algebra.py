@@ -359,3 +359,19 @@ START, END = 1, 2
 )
 def test_tokens_are_aligned_by_role(erased, alternative, expected):
     assert align_tokens(erased, alternative) == expected
+
+
+def test_a_moment_of_few_captions_that_was_rounded_still_gives_a_solution():
+    """Wide embeddings with a large shared part: rounding makes the empty directions negative."""
+    width, generator = 400, torch.Generator().manual_seed(0)
+    shared = 30 * torch.randn(1, width, generator=generator)
+    captions, source, target, null = (
+        torch.randn(n, width, generator=generator) + shared for n in (150, 40, 40, 5)
+    )
+    moment = (captions.double().T @ captions.double() / len(captions)).float()
+    assert torch.linalg.eigvalsh(moment.double())[0] < -FLOOR * moment.diagonal().mean()
+    exact = exact_set([target - source], [null], []).basis
+    weights = {"k": torch.randn(30, width, generator=generator)}
+    regression = EditRegression([TokenEdit(source, target)], exact, moment, weights)
+    solution = regression.solve(0.03, 16)
+    assert solution.moved[0] > 0.5 and leakage(solution.basis, null) < 1e-12
