@@ -147,7 +147,7 @@ def test_the_soft_form_moves_what_it_keeps_less_than_what_it_erases(server):
     report = "".join(entry["outputs"]["report"]["text"])
     erased = figure(report, "Change of the erased prompts: {} of the prediction.")
     assert figure(report, "Guidance moved {} of the way on held-out states") >= 0.9
-    assert 0 < figure(report, "Null prompt: held by a penalty, drift {}.") <= 0.1 * erased
+    assert 0 < figure(report, "Null prompt: held by a penalty, drift {};") <= 0.1 * erased
     assert 0 < figure(report, f"Kept {kept!r}: approximate, drift {{}}.") <= 0.1 * erased
     assert figure(report, "{} steps,") == SMALL["steps"]
     shots = {name: pixels(server, entry, name) for name in entry["outputs"] if "-" in name}
