@@ -382,7 +382,7 @@ def planned_cost(settings: EraseSettings, pooled: bool, plain: int = 0) -> dict[
 
     Args:
         pooled: whether the model takes pooled vectors.
-        plain: how many plain captions are held like keep prompts.
+        plain: how many plain captions are held like keep prompts, instead of a protection.
     """
     if not settings.samples:
         return {}
@@ -390,7 +390,8 @@ def planned_cost(settings: EraseSettings, pooled: bool, plain: int = 0) -> dict[
     soft = settings.form == "soft"
     kept = len(settings.keep) + len(settings.negative_prompts) + plain if soft else 0
     concepts = len(settings.concepts)
-    tried = 0 if settings.protection is not None else tried_states(settings) * EXPECTED_TRIES
+    chosen = settings.protection is not None or plain  # by the user, or there is none
+    tried = 0 if chosen else tried_states(settings) * EXPECTED_TRIES
     stops = settings.steps // STOP_EVERY if settings.stop_below else 0
     images = 1 + soft + bool(kept)
     return {

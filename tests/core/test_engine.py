@@ -60,6 +60,27 @@ def test_training_lowers_the_loss_it_starts_with():
     assert sum(losses[-40:]) < sum(losses[:40]) and max(losses[-40:]) < 1
 
 
+def test_layers_that_read_more_than_the_prompt_are_held_by_plain_captions():
+    """Without a ridge; they are sampled, trained along and counted like kept prompts."""
+    toy = ToyDenoiser("*_to_out")
+    whole, learned = toy.predict_x0, []
+
+    def predict(x, sigma, prompts, edit=None):
+        if edit is not None and torch.is_grad_enabled():
+            learned.extend(prompts)
+        return whole(x, sigma, prompts, edit)
+
+    toy.predict_x0 = predict
+    *progress, finished = run(toy, form="soft", layers="*_to_out")
+    record = finished.erasure.record
+    assert record["forward_equivalents"] == toy.calls == progress[-1].total
+    assert list(finished.erasure.factors) == ["toy_attn2_to_out"]
+    captions = {prompt.tokens.sum().item() for prompt in toy.encode(plain_captions(40))}
+    along = {prompt.tokens.sum().item() for prompt in learned} & captions
+    assert len(along) == 8
+    assert record["measures"]["moved_held_out"]["overall"] > 0
+
+
 def test_stop_flag_keeps_what_was_learned():
     answers = iter([False] * 5 + [True])
     finished = run(should_stop=lambda: next(answers))[-1]
