@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import UNNAMED_PROMPTS, Checks, planned_checks, spread_over
+from .checks import UNNAMED_PROMPTS, Checks
 from .closed_form import ClosedForm, EditRegression
 from .denoiser import Denoiser, LowRankEdit
 from .encoded import EncodedPrompts, encode_prompts
 from .erasure import Erasure
-from .fingerprint import fingerprint
 from .identity import USE_IF_THERE, result_key, stored_result
-from .language import encode_language, naming, plain_captions, second_moment, spread
+from .language import plain_captions, second_moment, spread
 from .layers import reads_prompt
-from .measure import CountedDenoiser, movement_on
-from .prompts import prompt_warnings
-from .protection import Choice, strongest_that_moves
 from .record import VERSION
+from .run import Progress, Run
 from .settings import EraseSettings
-from .states import Sampling, States, Trajectories, draw_pairs, sample_states
 from .subspace import ExactSet, KeptPrompt, SubspaceError, exact_set
-from .trainer import DivergedError, Pool, Ridge, SurgeryTrainer, TrainingError
+from .trainer import Pool, Ridge, SurgeryTrainer
 
-# States on which a protection is tried, and the early stop is decided: few, since they are only
-# compared with each other.
-TRIED_STATES = 12
-EXPECTED_TRIES = 2
-STOP_STATES = 6
-STOP_EVERY = 10
-CHECKED_GRADIENT = 5  # one image forward and backward, and forward at both ends of a difference
 # A concept of which less than this moves is not erased; better to say so than to hand it on.
 LEAST_MOVED = 0.5
 
@@ -47,23 +33,6 @@ NAMED_PROMPT_WEIGHT = 1.0
 PLAIN_CAPTIONS = 8
 # The same for what the soft form must hold without a construction.
 SOFT_NULL_WEIGHT = 10.0
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        stage: what it is doing, in words.
-        done, total: forward-equivalents spent and planned; the plan shrinks when a stage needs
-            less than it might have.
-        loss: surgery loss of the latest step, from about 1 (nothing moved) to 0; None before.
-    """
-
-    stage: str
-    done: int
-    total: int
-    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +75,7 @@ def erase(
         SettingsError, LayerRuleError, NoStoredResultError, SubspaceError, PredictionError,
             GradientError, TrainingError: see there.
     """
-    run = _Run(settings, denoiser)
+    run = Run(settings, denoiser)
     yield run.progress("Reading the prompts")
     prompts = encode_prompts(settings, denoiser)
     run.plan(prompts)
@@ -163,260 +132,6 @@ def erase(
     yield Finished(erasure, run.losses)
 
 
-class _Run:
-    """The stages of one run with their shared state: settings, random numbers, cost, losses."""
-
-    def __init__(self, settings: EraseSettings, denoiser: Denoiser) -> None:
-        self.settings = settings
-        self.denoiser = CountedDenoiser(denoiser)
-        self.matrices = dict(denoiser.matrices())
-        self.losses: list[float] = []
-        self.converged = False
-        self.gradient_apart: float | None = None
-        self.ended_by = ""  # what ended training before its time, in words
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        self._started = time.monotonic()
-        self._shape = denoiser.latent_shape(settings.resolution)
-        self._plan: dict[str, int] = {}
-
-    def plan(self, prompts: EncodedPrompts) -> None:
-        """Know what the run will cost at most."""
-        pooled = prompts.null.pooled is not None
-        self._plan = planned_cost(self.settings, pooled, len(prompts.plain))
-
-    def progress(self, stage: str) -> Progress:
-        loss = self.losses[-1] if self.losses else None
-        done, total = self.denoiser.forward_equivalents, sum(self._plan.values())
-        return Progress(stage, done, max(done, total), loss)
-
-    def language(
-        self, captions: Sequence[str], cache: MutableMapping[str, Tensor] | None
-    ) -> Iterator[Progress]:
-        stage = encode_language(self.denoiser, captions, cache, self.named(captions))
-        text = "Reading ordinary language, {0[0]} of {0[1]} captions"
-        return (yield from self._follow(stage, text))
-
-    def named(self, captions: Sequence[str]) -> list[str]:
-        """Captions that name a concept; held, they would hold back what is to move."""
-        return naming(captions, [concept.text for concept in self.settings.concepts])
-
-    def sample(self, prompts: EncodedPrompts) -> Iterator[Progress]:
-        """The pool: states to train on, to check on, and of what the soft form holds.
-
-        The first two come from different trajectories. All are None where nothing is sampled.
-        """
-        if not self.settings.samples:
-            return None, None, None
-        training, checking = _trajectory_counts(self.settings)
-        pool = None
-        if training:
-            pool = yield from self._pairs(prompts, training, "Sampling states")
-        held_out = yield from self._pairs(prompts, checking, "Sampling states to check on")
-        _refuse_if_nothing_to_move(self.settings, held_out if pool is None else pool)
-        kept, kept_states = prompts.held, None
-        if self.settings.form == "soft" and kept:
-            noise = torch.randn(len(kept), *self._shape, generator=self.generator)
-            wanted = Trajectories([[k] for k in kept], [0] * len(kept), range(len(kept)), noise)
-            kept_states = yield from self._sample(prompts, wanted, "Sampling states to keep")
-        self._plan["pool"] = self.denoiser.forward_equivalents
-        return pool, held_out, kept_states
-
-    def choose(
-        self,
-        regression: EditRegression,
-        prompts: EncodedPrompts,
-        held_out: States | None,
-        readers: dict[str, Tensor],
-    ) -> Iterator[Progress]:
-        """The closed form with the user's ridge, or with the strongest that moves far enough."""
-        settings = self.settings
-        if settings.protection is not None:
-            self._plan["protection"] = 0
-            solution = regression.solve(settings.protection, settings.rank)
-            return Choice(solution, settings.protection, solution.moved)
-        moves = None
-        if held_out is not None:
-
-            def moves(solution: ClosedForm) -> Iterator[int]:
-                edit = LowRankEdit.shared(solution.basis.float(), solution.factors(readers))
-                edit = edit.to(self.denoiser.device)
-                checked = spread_over(held_out, prompts.pairs, tried_states(settings))
-                movement = yield from self._movement(edit, prompts, checked)
-                return movement.concepts
-
-        stage = strongest_that_moves(regression, settings.rank, moves)
-        return (yield from self.follow_stage("protection", stage, "Choosing the protection"))
-
-    def check_gradient(self, trainer: SurgeryTrainer) -> Iterator[Progress]:
-        """Before the first step: is the gradient the loss's?"""
-        yield self.progress("Checking the gradient")
-        before = self.denoiser.forward_equivalents
-        self.gradient_apart = trainer.check_gradient()
-        self._plan["gradient"] = self.denoiser.forward_equivalents - before
-
-    def train(
-        self,
-        trainer: SurgeryTrainer,
-        prompts: EncodedPrompts,
-        held_out: States,
-        should_stop: Callable[[], bool],
-    ) -> Iterator[Progress]:
-        """All steps, unless the caller stops or the held-out residual stays under the threshold.
-
-        Training that diverges ends there, and what was learned before is kept.
-        """
-        before, low = self.denoiser.forward_equivalents, 0
-        checked = spread_over(held_out, prompts.pairs, STOP_STATES * len(self.settings.concepts))
-        for loss in self._until_it_diverges(trainer.run(should_stop)):
-            self.losses.append(loss)
-            yield self.progress(f"Training, step {len(self.losses)} of {self.settings.steps}")
-            if self.settings.stop_below and len(self.losses) % STOP_EVERY == 0:
-                movement = yield from self._follow(
-                    self._movement(trainer.result(), prompts, checked),
-                    "Checking on held-out states",
-                )
-                low = low + 1 if 1 - min(movement.concepts) < self.settings.stop_below else 0
-                if low == 2:
-                    self.converged = True
-                    break
-        self._plan["training"] = self.denoiser.forward_equivalents - before
-
-    def _until_it_diverges(self, losses: Iterator[float]) -> Iterator[float]:
-        try:
-            yield from losses
-        except DivergedError as error:
-            if not self.losses:
-                raise
-            self.ended_by = str(error)
-
-    def record(
-        self,
-        prompts: EncodedPrompts,
-        exact: ExactSet,
-        choice: Choice | None,
-        edit: LowRankEdit,
-        measures: dict[str, Any],
-    ) -> dict[str, Any]:
-        """What the artefact says about itself."""
-        settings, steps = self.settings, len(self.losses)
-        solution = choice.solution if choice else None
-        values = [*edit.factors.values()]
-        values += edit.bases.values() if settings.form == "soft" else []
-        return {
-            "version": VERSION,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017
-            "family": self.denoiser.family,
-            "base": dict(self.denoiser.base),
-            "text_encoder": fingerprint({"null prompt": prompts.null.tokens}),
-            "settings": settings.as_dict(),
-            "form": settings.form,
-            "concepts": _concepts(settings, exact, solution, measures),
-            "matrices": len(edit.factors),
-            "rank": max(factor.shape[1] for factor in edit.factors.values()),
-            "values_trained": sum(tensor.numel() for tensor in values) if steps else 0,
-            "subspace": {"exact_rank": exact.basis.shape[1], "share_left": exact.share_left},
-            "protection": choice.ridge if choice else 0.0,
-            "harm": solution.harm if solution else None,
-            "measures": measures,
-            "warnings": prompt_warnings(settings),
-            "losses": self.losses,
-            "steps_done": steps,
-            "converged": self.converged,
-            "complete": self.converged or steps == settings.steps,
-            "stopped_early": steps < settings.steps,
-            "ended_by": self.ended_by,
-            "gradient_apart": self.gradient_apart,
-            "forward_equivalents": self.denoiser.forward_equivalents,
-            "seconds": round(time.monotonic() - self._started, 2),
-        }
-
-    def follow_stage(
-        self, name: str, stage_run: Iterator, stage: str = "{0}"
-    ) -> Iterator[Progress]:
-        """Run a stage to its end and put what it cost in the place of what was planned for it."""
-        before = self.denoiser.forward_equivalents
-        result = yield from self._follow(stage_run, stage)
-        self._plan[name] = self.denoiser.forward_equivalents - before
-        return result
-
-    def _movement(
-        self, edit: LowRankEdit, prompts: EncodedPrompts, states: States
-    ) -> Iterator[int]:
-        batch = 3 * self.settings.batch  # what the pool was sampled with fits the device
-        return movement_on(self.denoiser, prompts.pairs, states, edit, self.settings.eta, batch)
-
-    def _pairs(self, prompts: EncodedPrompts, count: int, stage: str) -> Iterator[Progress]:
-        driven_by = self.settings.driven_by
-        wanted = draw_pairs(prompts.pairs, count, self._shape, self.generator, driven_by)
-        return (yield from self._sample(prompts, wanted, stage))
-
-    def _sample(
-        self, prompts: EncodedPrompts, wanted: Trajectories, stage: str
-    ) -> Iterator[Progress]:
-        sampling = Sampling(
-            self.denoiser.sigmas(self.settings.sampling_steps).cpu(), self.settings.guidance_scale
-        )
-        parts = []
-        for start in range(0, len(wanted), self.settings.batch):
-            part = wanted[start : start + self.settings.batch]
-            states = sample_states(self.denoiser, prompts.null, part, sampling)
-            parts.append((yield from self._follow(states, stage)))
-        return States.join(parts)
-
-    def _follow(self, stage_run: Iterator, stage: str) -> Iterator[Progress]:
-        """Run a stage to its end, turning what it yields into progress.
-
-        Args:
-            stage: its name; ``{0}`` in it stands for what was yielded.
-        """
-        while True:
-            try:
-                item = next(stage_run)
-            except StopIteration as end:
-                return end.value
-            yield self.progress(stage.format(item))
-
-
-def planned_cost(settings: EraseSettings, pooled: bool, plain: int = 0) -> dict[str, int]:
-    """Forward-equivalents of a run by stage, at most.
-
-    Args:
-        pooled: whether the model takes pooled vectors.
-        plain: how many plain captions are held like keep prompts, instead of a protection.
-    """
-    if not settings.samples:
-        return {}
-    training, held_out = _trajectory_counts(settings)
-    soft = settings.form == "soft"
-    kept = len(settings.keep) + len(settings.negative_prompts) + plain if soft else 0
-    concepts = len(settings.concepts)
-    chosen = settings.protection is not None or plain  # by the user, or there is none
-    tried = 0 if chosen else tried_states(settings) * EXPECTED_TRIES
-    stops = settings.steps // STOP_EVERY if settings.stop_below else 0
-    images = 1 + soft + bool(kept)
-    return {
-        "pool": (3 * (training + held_out) + 2 * kept) * settings.sampling_steps,
-        "protection": tried,
-        "gradient": CHECKED_GRADIENT * images if settings.steps else 0,
-        "training": 3 * settings.steps * settings.batch * images + stops * STOP_STATES * concepts,
-        "checks": planned_checks(settings, held_out, pooled),
-    }
-
-
-def _trajectory_counts(settings: EraseSettings) -> tuple[int, int]:
-    """How many trajectories to train on and to check on; without training all are to check."""
-    count = settings.trajectories
-    if not settings.steps:
-        return 0, count
-    held_out = max(1, count // 4, min(len(settings.concepts), count // 2))
-    return count - held_out, held_out
-
-
-def tried_states(settings: EraseSettings) -> int:
-    """How many held-out states a protection is tried on."""
-    return max(TRIED_STATES, 3 * len(settings.concepts))
-
-
 def _exact(settings: EraseSettings, prompts: EncodedPrompts) -> ExactSet:
     """The exact set of the hard form; in the soft form nothing is exact."""
     if settings.form == "hard":
@@ -443,15 +158,6 @@ def _named_moment(settings: EraseSettings, prompts: EncodedPrompts, exact: Exact
     if approximate:
         moment = moment + NAMED_PROMPT_WEIGHT * second_moment(approximate)
     return moment
-
-
-def _refuse_if_nothing_to_move(settings: EraseSettings, states: States) -> None:
-    distance = (states.g_erased - states.g_alternative).double().square().sum()
-    if distance <= 1e-12 * states.g_erased.double().square().sum():
-        raise TrainingError(
-            f"The model already draws {settings.concepts[0].text!r} like its replacement: there is "
-            "no guidance to change. Check the spelling, or name a different alternative."
-        )
 
 
 def _refuse_if_too_little_moves(settings: EraseSettings, moved: Sequence[float]) -> None:
@@ -487,22 +193,3 @@ def _start(
             bases[name] = torch.linalg.qr(torch.randn(weight.shape[1], rank, generator=generator)).Q
             factors[name] = torch.zeros(weight.shape[0], rank)
     return LowRankEdit(bases, factors)
-
-
-def _concepts(
-    settings: EraseSettings, exact: ExactSet, solution: ClosedForm | None, measures: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """What became of each concept."""
-    held_out = measures["moved_held_out"]
-    return [
-        {
-            **dataclasses.asdict(concept),
-            "share_left": exact.shares_left[index],
-            "keys_and_values_moved": solution.moved[index] if solution else None,
-            "moved": held_out["concepts"][index] if held_out else None,
-            "columns": list(solution.columns[index])
-            if solution and settings.form == "hard"
-            else None,
-        }
-        for index, concept in enumerate(settings.concepts)
-    ]
