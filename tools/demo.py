@@ -1,8 +1,8 @@
 """The demo: train an erasure in a graph on a real host, and draw before and after.
 
-Runs in ``build/venv``. The graph is the one a user would build, in API format. The checkpoint
-is shrunken and its weights are random, so that this takes a minute on a CPU and downloads no
-model; what it shows is that the machinery works, not what an erased photograph looks like.
+Runs in ``build/venv``. The graph is the one a user would build, in API format. The model is the
+small one of ``benchmarks/emoji``, which draws sixty named things in four named styles: it stands
+in for Stable Diffusion, takes minutes on a CPU and needs no download.
 """
 
 from __future__ import annotations
@@ -18,33 +18,37 @@ from typing import Any
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat
 
+from benchmarks.emoji.build import build_emoji_checkpoint
 from tools import graphs
-from tools.checkpoint import build_checkpoint
 from tools.environment import BUILD, ToolError
 from tools.host import ComfyHost, Event, GraphFailed, GraphRejected, HostError
 
 OUTPUT = BUILD / "demo"
-CHECKPOINT = "one-level.safetensors"
+CHECKPOINT = "emoji.safetensors"
 ABOUT_CHECKPOINT = (
-    "a shrunken Stable Diffusion 1.5 with random weights: its pictures are patterns of colour, "
-    "not objects"
+    "a small model in the shape of Stable Diffusion 1.5, trained on emoji art: sixty things in the "
+    "styles cartoon, flat, clay and ink"
 )
 METADATA_KEY = "concept_surgery"
 
-CONCEPT = "cat"
-KEPT = ("a photo of a dog", "a horse", "a bridge")
+CONCEPT, REPLACEMENT = "cat", "rabbit"
+KEPT = ("a photo of a dog",)
 STRENGTH = 1.0
-PROMPTS = {
-    "erased": "a photo of a cat",
-    "kept": "a photo of a dog",
-    "never named": "a red bicycle",
-}
-TRAINING = {"resolution": 64, "steps": -1}
+# The role of a prompt and the prompt; none is a template that the erasure trains on but the first.
+PROMPTS = (
+    ("erased", "a photo of a cat"),
+    ("erased", "the flat cat"),
+    ("kept", "a photo of a dog"),
+    ("never named", "a tiger, ink"),
+    ("never named", "a fox in clay style"),
+    ("never named", "a picture of a house"),
+)
+TRAINING = {"resolution": 64, "captions": 200, "steps": -1}
 SEED = 7
-PICTURE_SIZE = 64
+PICTURE = {"size": 64, "steps": 20, "cfg": 4.0}
 
 _TIMEOUT = 1800.0
-_CELL = 256
+_CELL = 192
 _MARGIN = 16
 _ROW_LABEL = 72
 
@@ -54,7 +58,7 @@ def run_demo(host_threads: int = 2) -> Path:
     OUTPUT.mkdir(parents=True, exist_ok=True)
     print(f"The demo trains on {ABOUT_CHECKPOINT}.", flush=True)
     began = time.monotonic()
-    checkpoint = build_checkpoint(BUILD / "checkpoints" / CHECKPOINT)
+    checkpoint = build_emoji_checkpoint(BUILD / "checkpoints" / CHECKPOINT)
     seconds = {"checkpoint": time.monotonic() - began}
     log = BUILD / "logs" / "host-demo.log"
     host = ComfyHost(checkpoints=[checkpoint], threads=host_threads, log=log)
@@ -62,15 +66,14 @@ def run_demo(host_threads: int = 2) -> Path:
         outputs, rows = _run_on(host, seconds)
     except (GraphFailed, GraphRejected, HostError, TimeoutError) as error:
         raise ToolError(f"The demo failed: {error}\nThe host's log is {log}") from error
-    title = f"Erased: {CONCEPT!r}, strength {STRENGTH:g}"
+    title = f"Erased: {CONCEPT!r}, replaced with {REPLACEMENT!r}, strength {STRENGTH:g}"
     sheet(rows, PROMPTS, title).save(OUTPUT / "before_after.png")
     erasure = Path(outputs["saved-path"]["text"][0])
     report = {
         "checkpoint": ABOUT_CHECKPOINT,
-        "prompts": PROMPTS,
         "strength": STRENGTH,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "picture_change": _changes(rows),
+        "pictures": _changes(rows),
         "erasure_file": erasure.name,
         "record": read_record(erasure),
     }
@@ -104,6 +107,7 @@ def demo_graph() -> graphs.Graph:
         graphs.loader(CHECKPOINT)
         | graphs.train(
             erase=CONCEPT,
+            replace_with=REPLACEMENT,
             keep="\n".join(KEPT),
             training_seed=SEED,
             stored_result="train again",
@@ -115,9 +119,9 @@ def demo_graph() -> graphs.Graph:
         | graphs.apply(strength=STRENGTH)
     )
     for row, model in (("before", "loader"), ("after", "apply")):
-        for number, text in enumerate(PROMPTS.values()):
+        for number, (_, text) in enumerate(PROMPTS):
             name = f"{row}-{number}"
-            graph |= graphs.picture(name, text, seed=SEED, size=PICTURE_SIZE, model=(model, 0))
+            graph |= graphs.picture(name, text, seed=SEED, model=(model, 0), **PICTURE)
     return graph
 
 
@@ -130,9 +134,9 @@ def read_record(path: Path) -> Any:
 
 
 def sheet(
-    rows: Mapping[str, Sequence[Image.Image]], prompts: Mapping[str, str], title: str
+    rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[tuple[str, str]], title: str
 ) -> Image.Image:
-    """Pictures in rows under their prompts, enlarged without smoothing."""
+    """Pictures in rows under their prompts, enlarged."""
     head = 4 * _MARGIN + 60
     width = _ROW_LABEL + len(prompts) * (_CELL + _MARGIN) + _MARGIN
     height = head + len(rows) * (_CELL + _MARGIN)
@@ -141,7 +145,7 @@ def sheet(
     large, small = ImageFont.load_default(22), ImageFont.load_default(15)
     draw.text((_MARGIN, _MARGIN), title, "black", large)
     draw.text((_MARGIN, _MARGIN + 28), f"On {ABOUT_CHECKPOINT}.", "#555555", small)
-    for column, (role, text) in enumerate(prompts.items()):
+    for column, (role, text) in enumerate(prompts):
         left = _ROW_LABEL + column * (_CELL + _MARGIN)
         draw.text((left, head - 40), role, "black", small)
         draw.text((left, head - 21), f"“{text}”", "#555555", small)
@@ -150,7 +154,7 @@ def sheet(
         draw.text((_MARGIN, top + _CELL // 2 - 10), label, "black", small)
         for column, picture in enumerate(pictures):
             left = _ROW_LABEL + column * (_CELL + _MARGIN)
-            enlarged = picture.resize((_CELL, _CELL), Image.Resampling.NEAREST)
+            enlarged = picture.resize((_CELL, _CELL), Image.Resampling.BICUBIC)
             canvas.paste(enlarged, (left, top))
     return canvas
 
@@ -160,14 +164,14 @@ def _pictures(host: ComfyHost, outputs: Mapping[str, Any], row: str) -> list[Ima
     return [Image.open(io.BytesIO(host.image(record))).convert("RGB") for record in records]
 
 
-def _changes(rows: Mapping[str, Sequence[Image.Image]]) -> dict[str, float]:
+def _changes(rows: Mapping[str, Sequence[Image.Image]]) -> list[dict[str, Any]]:
     """How far each picture moved: the mean difference of a colour value, as part of its range."""
     pairs = zip(rows["before"], rows["after"], strict=True)
     moved = [ImageStat.Stat(ImageChops.difference(before, after)).mean for before, after in pairs]
-    return {
-        role: round(sum(bands) / len(bands) / 255, 4)
-        for role, bands in zip(PROMPTS, moved, strict=True)
-    }
+    return [
+        {"prompt": text, "role": role, "change": round(sum(bands) / len(bands) / 255, 4)}
+        for (role, text), bands in zip(PROMPTS, moved, strict=True)
+    ]
 
 
 class _Progress:
@@ -216,7 +220,7 @@ class _Progress:
             return f"Training the erasure of {CONCEPT!r}"
         if kind == "KSampler":
             row, _, number = node.removesuffix("-sampler").partition("-")
-            return f"Drawing {row}: {list(PROMPTS.values())[int(number)]}"
+            return f"Drawing {row}: {PROMPTS[int(number)][1]}"
         return kind
 
     def _show(self, text: str) -> None:
@@ -234,9 +238,6 @@ def _write_json(path: Path, value: Any) -> None:
 def _say_where_to_look(seconds: Mapping[str, float], erasure: Path) -> None:
     print(
         f"Trained in {seconds['training']:.1f} s; the whole graph took {seconds['graph']:.1f} s.\n"
-        "The weights are random, so compare patterns: the first column has changed, the kept one "
-        "is the same picture. The third may move too: a random text encoder has no meaning by "
-        "which unnamed prompts could be told apart.\n"
         "Look at:\n"
         f"  {OUTPUT / 'before_after.png'}\n"
         f"  {OUTPUT / 'report.json'}\n"

@@ -4,12 +4,21 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.emoji.autoencoder import LATENT_SCALE, Autoencoder
-from benchmarks.emoji.build import autoencoder_tensors, quantise, restore, text_tensors
-from benchmarks.emoji.text import TextEncoder, tokenize, word_token
+from benchmarks.emoji.build import (
+    WEIGHTS,
+    autoencoder_tensors,
+    quantise,
+    restore,
+    text_tensors,
+    unpack,
+)
+from benchmarks.emoji.text import END, TextEncoder, tokenize, word_token
 from benchmarks.emoji.unet import alphas
 from benchmarks.emoji.words import (
+    GROUPS,
     HELD_OUT_PLAIN,
     HELD_OUT_STYLED,
     LEFT_OUT_PAIRS,
@@ -18,6 +27,7 @@ from benchmarks.emoji.words import (
     SYNONYMS,
     PromptMaker,
     all_prompts,
+    fill,
 )
 from tools.environment import HOST
 
@@ -110,3 +120,27 @@ def test_schedule_is_the_hosts() -> None:
     sigmas = comfy.model_sampling.ModelSamplingDiscrete().sigmas
     kept = alphas(torch.device("cpu"))
     assert torch.allclose(((1 - kept) / kept).sqrt(), sigmas, rtol=1e-4)
+
+
+def test_the_committed_weights_are_small() -> None:
+    assert sum(path.stat().st_size for path in WEIGHTS.parent.iterdir()) <= 30 * 2**20
+
+
+def test_related_words_are_nearer_than_unrelated_ones() -> None:
+    """In what the committed encoder says at the end of a prompt, as the denoiser reads it."""
+    tokens = tokenize([fill("{a}", name) for name in OBJECT_NAMES])
+    with torch.no_grad():
+        states = unpack(load_file(WEIGHTS))[1](tokens)
+    points = states[torch.arange(len(tokens)), (tokens == END).int().argmax(1)]
+    points = torch.nn.functional.normalize(points - points.mean(0), dim=1)
+    near = points @ points.T
+    group = {name: kind for kind, names in GROUPS.items() for name in names}
+    kin = torch.tensor([[group[a] == group[b] for b in OBJECT_NAMES] for a in OBJECT_NAMES])
+    others = ~torch.eye(len(near), dtype=torch.bool)
+    nearer = [
+        row[same & other].mean() > row[~same].mean()
+        for row, same, other in zip(near, kin, others, strict=True)
+    ]
+    assert sum(nearer) >= 50  # of 60; 56 when this was written
+    cat, tiger, car = (OBJECT_NAMES.index(name) for name in ("cat", "tiger", "car"))
+    assert near[cat, tiger] > near[cat, car]
