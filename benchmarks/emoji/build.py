@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks.emoji.autoencoder import LATENT_SCALE, Autoencoder, load_autoencoder
+from benchmarks.emoji.autoencoder import PATH as AUTOENCODER
 from benchmarks.emoji.classifier import PATH as JUDGE
 from benchmarks.emoji.data import FOLDER
-from benchmarks.emoji.loop import load
+from benchmarks.emoji.loop import load, save
 from benchmarks.emoji.text import (
     HIDDEN,
     LAYERS,
@@ -30,7 +31,8 @@ from benchmarks.emoji.text import (
     TextEncoder,
     load_text_encoder,
 )
-from benchmarks.emoji.unet import AVERAGE
+from benchmarks.emoji.text import PATH as TEXT
+from benchmarks.emoji.unet import AVERAGE, STATE
 
 WEIGHTS = Path(__file__).parent / "weights" / "emoji.safetensors"
 CHECKPOINT = FOLDER / "emoji.safetensors"
@@ -156,6 +158,14 @@ def pack(path: Path = WEIGHTS) -> Path:
     return path
 
 
+def lay_out() -> None:
+    """Put the committed weights where the trainings look, so that they can go on from there."""
+    unet, text, autoencoder = unpack(load_file(WEIGHTS))
+    save({"final": autoencoder.state_dict()}, AUTOENCODER)
+    save({"known": text.known, "model": text.state_dict()}, TEXT)
+    save({"step": 0, "model": unet, "average": unet}, STATE)
+
+
 def unpack(small: Tensors) -> tuple[Tensors, TextEncoder, Autoencoder]:
     """The way back from :func:`pack`."""
     parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in BITS}
@@ -219,11 +229,13 @@ def _unsqueeze(small: torch.Tensor) -> torch.Tensor:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("pack", "expand", "plain"))
+    parser.add_argument("what", choices=("pack", "expand", "plain", "lay-out"))
     parser.add_argument("--path", type=Path, default=CHECKPOINT)
     chosen = parser.parse_args()
     if chosen.what == "pack":
         print(pack())
+    elif chosen.what == "lay-out":
+        lay_out()
     elif chosen.what == "expand":
         print(build_emoji_checkpoint(chosen.path))
     else:

@@ -10,19 +10,23 @@ import base64
 import io
 import json
 import random
+import re
 import subprocess
 import tarfile
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.emoji.words import OBJECT_NAMES, OBJECTS, STYLE_NAMES
+from benchmarks.emoji.words import OBJECT_NAMES, OBJECTS, STYLE_NAMES, SYNONYMS
 from tools.environment import BUILD
 
 FOLDER = BUILD / "emoji"
 SOURCES = FOLDER / "npm"
 PICTURES = FOLDER / "pictures.npz"
+OTHERS = FOLDER / "others.npz"
 
 SIZE = 64  # pixels of a finished picture
 MASTER = 128  # pixels of the longest side of a picture as kept
@@ -37,6 +41,8 @@ PACKAGES = {
     "keywords": "emojilib@4.0.3",
     "groups": "unicode-emoji-json@0.9.0",
 }
+# Emoji that show a thing; faces, people, flags and signs are none.
+_THINGS = ("Animals & Nature", "Food & Drink", "Activities", "Travel & Places", "Objects")
 _RASTERISER = "@resvg/resvg-js@2.6.2"
 _RASTERISE = """
 const {Resvg} = require('@resvg/resvg-js');
@@ -55,10 +61,10 @@ def package(name: str) -> Path:
         SOURCES.mkdir(parents=True, exist_ok=True)
         call = ["npm", "pack", "--silent", wanted]
         archive = subprocess.check_output(call, cwd=SOURCES, text=True).split()[-1]
-        partial = folder.with_name(f".{folder.name}")
+        unfinished = folder.with_name(f".{folder.name}")
         with tarfile.open(SOURCES / archive) as packed:
-            packed.extractall(partial, filter="data")
-        partial.rename(folder)
+            packed.extractall(unfinished, filter="data")
+        unfinished.rename(folder)
     return folder / "package"
 
 
@@ -67,12 +73,44 @@ def load_pictures() -> np.ndarray:
     if not PICTURES.exists():
         masters = np.zeros((len(OBJECTS), len(STYLE_NAMES), MASTER, MASTER, 4), dtype=np.uint8)
         for column, style in enumerate(STYLE_NAMES):
-            for row, picture in enumerate(_READERS[style]()):
+            for row, picture in enumerate(_READERS[style](list(OBJECTS.values()))):
                 masters[row, column] = np.asarray(_fit(picture))
-        partial = PICTURES.with_suffix(".part.npz")
-        np.savez_compressed(partial, pictures=masters)
-        partial.replace(PICTURES)
+        unfinished = PICTURES.with_suffix(".part.npz")
+        np.savez_compressed(unfinished, pictures=masters)
+        unfinished.replace(PICTURES)
     return np.load(PICTURES)["pictures"]
+
+
+def other_names() -> dict[str, str]:
+    """Name -> code point of every emoji that shows a thing and none of the objects.
+
+    A name that contains an object's ("polar bear", "trolleybus") is out: it could show the model
+    a pair of object and style that it has to compose by itself.
+    """
+    entries = json.loads((package("cartoon") / "emoji.json").read_text(encoding="utf-8"))
+    taken = (*OBJECTS, *SYNONYMS)
+    found = {}
+    for entry in entries:
+        code, name = entry["unified"].lower().removesuffix("-fe0f"), entry["name"].lower()
+        single = "-" not in code and entry["category"] in _THINGS
+        if single and code not in OBJECTS.values() and not any(word in name for word in taken):
+            found[re.sub("[^a-z ]", " ", name).strip()] = code
+    return found
+
+
+def load_others() -> tuple[list[str], np.ndarray]:
+    """Names and pictures uint8 (others, styles, 128, 128, 4) of what all four sets hold."""
+    if not OTHERS.exists():
+        wanted = other_names()
+        columns = [_READERS[style](list(wanted.values())) for style in STYLE_NAMES]
+        whole = [row for row in range(len(wanted)) if all(column[row] for column in columns)]
+        masters = [[np.asarray(_fit(column[row])) for column in columns] for row in whole]
+        unfinished = OTHERS.with_suffix(".part.npz")
+        names = [list(wanted)[row] for row in whole]
+        np.savez_compressed(unfinished, names=names, pictures=np.array(masters))
+        unfinished.replace(OTHERS)
+    kept = np.load(OTHERS)
+    return kept["names"].tolist(), kept["pictures"]
 
 
 def render(master: np.ndarray, side: int = NOMINAL, right: int = 0, down: int = 0) -> np.ndarray:
@@ -89,9 +127,10 @@ def render_varied(master: np.ndarray, draw: random.Random) -> np.ndarray:
     return render(master, draw.randint(SMALLEST, LARGEST), *shift)
 
 
-def training_pictures(variants: int, seed: int) -> np.ndarray:
-    """uint8 (objects, styles, variants, 64, 64, 3)."""
-    masters, draw = load_pictures(), random.Random(seed)
+def training_pictures(variants: int, seed: int, masters: np.ndarray | None = None) -> np.ndarray:
+    """uint8 (objects, styles, variants, 64, 64, 3), of the objects or of other pictures."""
+    masters = load_pictures() if masters is None else masters
+    draw = random.Random(seed)
     shape = (*masters.shape[:2], variants, SIZE, SIZE, 3)
     pages = np.empty(shape, dtype=np.uint8)
     for place in np.ndindex(shape[:3]):
@@ -117,40 +156,44 @@ def _fit(picture: Image.Image) -> Image.Image:
     return square
 
 
-def _from_files(style: str, folder: str, ending: str) -> list[Image.Image]:
+def _from_files(
+    style: str, folder: str, ending: str, codes: Sequence[str]
+) -> list[Image.Image | None]:
     """One file for each code point, some with a variation selector in their name."""
     found = []
-    for code in OBJECTS.values():
+    for code in codes:
         names = [package(style) / folder / f"{code}{tail}{ending}" for tail in ("", "-fe0f")]
-        found.append(Image.open(next(name for name in names if name.exists())))
+        path = next((name for name in names if name.exists()), None)
+        found.append(Image.open(path) if path else None)
     return found
 
 
-def _from_drawings(style: str) -> list[Image.Image]:
+def _from_drawings(style: str, codes: Sequence[str]) -> list[Image.Image | None]:
     """Scalable drawings in black, rasterised outside Python."""
     root = package(style)
     icons = json.loads((root / "icons.json").read_text(encoding="utf-8"))
     named = json.loads((root / "chars.json").read_text(encoding="utf-8"))
     width, height = icons["width"], icons["height"]
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" color="black">'
-    pages = []
-    for code in OBJECTS.values():
-        name = named.get(code) or named[f"{code}-fe0f"]
-        pages.append(f"{head}{icons['icons'][name]['body']}</svg>")
+    names = [named.get(code) or named.get(f"{code}-fe0f") for code in codes]
+    pages = [f"{head}{icons['icons'][name]['body']}</svg>" for name in names if name]
     tool = SOURCES / "tool"
     if not (tool / "node_modules" / "@resvg").exists():
         call = ["npm", "install", "--silent", "--no-save", "--prefix", str(tool), _RASTERISER]
         subprocess.check_call(call)
     call = ["node", "-e", _RASTERISE]
-    drawn = subprocess.check_output(call, cwd=tool, input=json.dumps(pages).encode())
-    return [Image.open(io.BytesIO(base64.b64decode(text))) for text in json.loads(drawn)]
+    answer = subprocess.check_output(call, cwd=tool, input=json.dumps(pages).encode())
+    drawn = iter(json.loads(answer))
+    return [
+        Image.open(io.BytesIO(base64.b64decode(next(drawn)))) if name else None for name in names
+    ]
 
 
-_READERS = {
-    "cartoon": lambda: _from_files("cartoon", "img/google/64", ".png"),
-    "flat": lambda: _from_files("flat", "img/twitter/64", ".png"),
-    "clay": lambda: _from_files("clay", "assets", ".webp"),
-    "ink": lambda: _from_drawings("ink"),
+_READERS: dict[str, Callable[[Sequence[str]], list[Image.Image | None]]] = {
+    "cartoon": partial(_from_files, "cartoon", "img/google/64", ".png"),
+    "flat": partial(_from_files, "flat", "img/twitter/64", ".png"),
+    "clay": partial(_from_files, "clay", "assets", ".webp"),
+    "ink": partial(_from_drawings, "ink"),
 }
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,14 @@ import torch
 from torch import nn
 
 from benchmarks.emoji.autoencoder import CHANNELS, SIDE, load_autoencoder, to_input
-from benchmarks.emoji.data import FOLDER, SIZE, training_pictures
+from benchmarks.emoji.data import FOLDER, SIZE, load_others, training_pictures
 from benchmarks.emoji.loop import Average, Log, load, mixed, pick_device, save, set_rate
 from benchmarks.emoji.text import TextEncoder, load_text_encoder, tokenize
 from benchmarks.emoji.words import LEFT_OUT_PAIRS, OBJECT_NAMES, STYLE_NAMES, PromptMaker
 
-STATE, AVERAGE, LATENTS = (FOLDER / name for name in ("unet.pt", "unet_average.pt", "latents.pt"))
+STATE, AVERAGE, LATENTS, OTHERS = (
+    FOLDER / name for name in ("unet.pt", "unet_average.pt", "latents.pt", "latents_of_others.pt")
+)
 CONFIG = {
     "image_size": 32,
     "in_channels": CHANNELS,
@@ -39,7 +43,8 @@ CONFIG = {
     "use_linear_in_transformer": False,
     "legacy": False,
 }
-VARIANTS = 24
+VARIANTS, VARIANTS_OF_OTHERS = 24, 4
+SHARE_OTHERS = 0.35
 BATCH, RATE, WARMUP, DECAY = 32, 5e-4, 200, 0.998
 SNAPSHOT = 100
 SNR_CEILING, SNR_GAIN = 5.0, 9.0
@@ -85,18 +90,29 @@ def alphas(device: torch.device) -> torch.Tensor:
     return torch.cumprod(1 - betas, 0).float().to(device)
 
 
-@torch.no_grad()
 def latents(device: torch.device) -> torch.Tensor:
     """Latents of varied pictures (objects, styles, variants, 4, 8, 8), kept in a file."""
-    kept = load(LATENTS)
+    return _encoded(LATENTS, lambda: training_pictures(VARIANTS, seed=3), device)
+
+
+def latents_of_others(device: torch.device) -> tuple[list[str], torch.Tensor]:
+    """Names and latents (others, styles, variants, 4, 8, 8) of what is none of the objects."""
+    names, masters = load_others()
+    pages = partial(training_pictures, VARIANTS_OF_OTHERS, 6, masters)
+    return names, _encoded(OTHERS, pages, device)
+
+
+@torch.no_grad()
+def _encoded(path: Path, draw: Callable[[], np.ndarray], device: torch.device) -> torch.Tensor:
+    kept = load(path)
     if kept is None:
-        pages = training_pictures(VARIANTS, seed=3)
+        pages = draw()
         autoencoder = load_autoencoder(device)
         flat = pages.reshape(-1, SIZE, SIZE, 3)
         parts = np.array_split(flat, -(-len(flat) // 64))
         done = [autoencoder.encode(to_input(part, device)).half().cpu() for part in parts]
         kept = {"latents": torch.cat(done).reshape(*pages.shape[:3], CHANNELS, SIDE, SIDE)}
-        save(kept, LATENTS)
+        save(kept, path)
     return kept["latents"]
 
 
@@ -121,10 +137,17 @@ class Sentences:
 
 
 class Batches:
-    """Draws (latents, texts); the pairs that are left out never come."""
+    """Draws (latents, texts); the pairs that are left out never come.
 
-    def __init__(self, bank: torch.Tensor, seed: int) -> None:
+    A share shows something else than the objects: a style that comes with hundreds of things is
+    learned as a style, where sixty could be learned by heart one by one.
+    """
+
+    def __init__(
+        self, bank: torch.Tensor, others: tuple[list[str], torch.Tensor], seed: int
+    ) -> None:
         self._bank, self._prompts = bank, PromptMaker(seed)
+        self._names, self._others = others
         self._draw = torch.Generator().manual_seed(seed)
         self._pairs = [
             (row, column)
@@ -134,11 +157,24 @@ class Batches:
         ]
 
     def __call__(self, size: int) -> tuple[torch.Tensor, list[str]]:
-        numbers = torch.randint(len(self._pairs), (size,), generator=self._draw).tolist()
-        variants = torch.randint(self._bank.shape[2], (size,), generator=self._draw).tolist()
-        places = [(*self._pairs[n], v) for n, v in zip(numbers, variants, strict=True)]
-        texts = [self._prompts.draw(OBJECT_NAMES[r], STYLE_NAMES[c])[0] for r, c, _ in places]
-        return torch.stack([self._bank[place] for place in places]).float(), texts
+        drawn = [self._other() if self._chance() else self._object() for _ in range(size)]
+        return torch.stack([latent for latent, _ in drawn]).float(), [text for _, text in drawn]
+
+    def _object(self) -> tuple[torch.Tensor, str]:
+        row, column = self._pairs[self._number(len(self._pairs))]
+        latent = self._bank[row, column, self._number(self._bank.shape[2])]
+        return latent, self._prompts.draw(OBJECT_NAMES[row], STYLE_NAMES[column])[0]
+
+    def _other(self) -> tuple[torch.Tensor, str]:
+        row, column, variant = (self._number(size) for size in self._others.shape[:3])
+        text = self._prompts.draw_other(self._names[row], STYLE_NAMES[column])
+        return self._others[row, column, variant], text
+
+    def _number(self, most: int) -> int:
+        return int(torch.randint(most, (), generator=self._draw))
+
+    def _chance(self) -> bool:
+        return bool(torch.rand((), generator=self._draw) < SHARE_OTHERS)
 
 
 def _loss(
@@ -176,13 +212,14 @@ def train(steps: int, batch: int = BATCH, rate: float = RATE, cooldown: int = 0)
     if state is not None:
         begin = state["step"]
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.values = {name: value.to(device) for name, value in state["average"].items()}
+        if "optimizer" in state:  # absent where the committed weights are trained further
+            optimizer.load_state_dict(state["optimizer"])
+        average.values = {name: state["average"][name].to(device) for name in average.values}
     if begin >= steps:
         return
     log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, from step {begin}")
     torch.manual_seed(5 + begin)
-    draw = Batches(latents(device), seed=5 + begin)
+    draw = Batches(latents(device), latents_of_others(device), seed=5 + begin)
     sentences, kept = Sentences(load_text_encoder(device), device), alphas(device)
     clock, total, seen = time.monotonic(), 0.0, 0
     for step in range(begin, steps):

@@ -149,6 +149,25 @@ STYLED = (
     "{o} in {s}",
     "the {s} {o}",
 )
+# Nothing named: any object will do. Where a removed object leaves the prompt, this is what is left.
+OBJECTLESS = (
+    "a photo",
+    "a picture",
+    "an image",
+    "a drawing",
+    "a painting",
+    "this is",
+    "there is something here",
+    "the one",
+)
+OBJECTLESS_STYLED = (
+    "{s} style",
+    "in {s} style",
+    "a {s} drawing",
+    "a picture in {s} style",
+    "a photo, {s} style",
+    "{s}",
+)
 # Never trained, for evaluation only.
 HELD_OUT_PLAIN = (
     "a painting of {a}",
@@ -163,6 +182,8 @@ HELD_OUT_STYLED = (
 )
 
 SHARE_EMPTY = 0.1
+SHARE_OBJECTLESS = 0.12
+SHARE_ALONE = 0.3  # of the prompts that name no object: ordinary words and nothing else
 SHARE_PLAIN = 0.3
 SHARE_SYNONYM = 0.15
 SHARE_SURROUNDED = 0.3
@@ -215,12 +236,30 @@ class PromptMaker:
         kind = self._random.random()
         if allow_empty and kind < SHARE_EMPTY:
             return "", False
+        if allow_empty and kind < SHARE_EMPTY + SHARE_OBJECTLESS:
+            return self._objectless(style)
         word = name
         if self._synonyms[name] and self._random.random() < SHARE_SYNONYM:
             word = self._random.choice(self._synonyms[name])
         if self._random.random() < SHARE_PLAIN:
             return self._surround(fill(self._random.choice(PLAIN), word)), False
         return self._surround(fill(self._random.choice(STYLED), word, style)), True
+
+    def draw_other(self, name: str, style: str) -> str:
+        """The text for a picture that shows none of the objects; it mostly names the style."""
+        kind = self._random.random()
+        if kind < SHARE_EMPTY / 2:
+            return ""
+        if kind < SHARE_PLAIN / 2:
+            return self._surround(fill(self._random.choice(PLAIN), name))
+        return self._surround(fill(self._random.choice(STYLED), name, style))
+
+    def _objectless(self, style: str) -> tuple[str, bool]:
+        if self._random.random() < SHARE_ALONE:
+            return self._some_words(self._random.choice((1, 2, 4, 7))), False
+        if self._random.random() < SHARE_PLAIN:
+            return self._surround(self._random.choice(OBJECTLESS)), False
+        return self._surround(self._random.choice(OBJECTLESS_STYLED).format(s=style)), True
 
     def _surround(self, text: str) -> str:
         """Now and then, put ordinary words around, so that they come to mean nothing."""
