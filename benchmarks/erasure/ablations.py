@@ -1,6 +1,7 @@
 """One setting at a time: ``python -m benchmarks.erasure.ablations`` with the same measures.
 
-Every factor starts from the balanced preset; what doesn't change is measured once, since the cache
+Every factor starts from the balanced preset (with ``--instant`` from that one, where the factor is
+one of the closed form); what doesn't change is measured once, since the cache
 is the benchmark's own format. On the ``TUNED`` erasures, so that what is learned here may be put
 into the presets without touching what is reported.
 """
@@ -46,13 +47,15 @@ FACTORS: dict[str, Sequence[Mapping[str, Any]]] = {
 INSTEAD = ("fox => wolf", "fox => umbrella", "fox", "clay => cartoon", "clay")
 
 
-def variants(factor: str) -> list[Method]:
+def variants(factor: str, base: Method = BASE) -> list[Method]:
     """The methods of a factor, the unchanged preset first."""
+    start = "" if base is BASE else f"{base.name.split('/')[1]}, "
     changed = [
-        BASE.with_settings(f"{factor}: {_label(values)}", **values) for values in FACTORS[factor]
+        base.with_settings(f"{start}{factor}: {_label(values)}", **values)
+        for values in FACTORS[factor]
     ]
-    layers = [values.get("layers", BASE.layers) for values in FACTORS[factor]]
-    return [BASE, *(_on_layers(m, rule) for m, rule in zip(changed, layers, strict=True))]
+    layers = [values.get("layers", base.layers) for values in FACTORS[factor]]
+    return [base, *(_on_layers(m, rule) for m, rule in zip(changed, layers, strict=True))]
 
 
 def _on_layers(method: Method, layers: str) -> Method:
@@ -67,6 +70,7 @@ def _label(values: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """The command line."""
+    from benchmarks.erasure.painter import STEPS
     from benchmarks.erasure.protocol import Bench
     from benchmarks.erasure.run import checkpoint, find_cases, run_all
 
@@ -75,11 +79,14 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", help="names of cases")
     parser.add_argument("--checkpoint", type=Path, default=None)
     parser.add_argument("--results", type=Path, default=LINES)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the sampler")
+    parser.add_argument("--instant", action="store_true", help="change the closed form alone")
     asked = parser.parse_args()
-    bench = Bench(asked.checkpoint or checkpoint(), Cache(asked.results))
+    base = ours.INSTANT if asked.instant else BASE
+    bench = Bench(asked.checkpoint or checkpoint(), Cache(asked.results), asked.steps)
     cases: Sequence[Case] = find_cases(asked.cases) if asked.cases else TUNED
     for factor in asked.factors:
-        run_all(bench, cases, variants(factor), [0])
+        run_all(bench, cases, variants(factor, base), [0])
     if not asked.cases:
         instead = [Case(text, "style" if "clay" in text else "object") for text in INSTEAD]
         run_all(bench, instead, [BASE], [0])

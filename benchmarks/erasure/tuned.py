@@ -65,6 +65,7 @@ def tuned_methods(path: Path = CHOSEN) -> dict[str, Method]:
 
 def main() -> None:
     """The command line."""
+    from benchmarks.erasure.painter import STEPS
     from benchmarks.erasure.protocol import Bench
     from benchmarks.erasure.run import checkpoint
 
@@ -73,8 +74,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=None)
     parser.add_argument("--results", type=Path, default=TUNING_LINES)
     parser.add_argument("--chosen", type=Path, default=CHOSEN)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the sampler")
     asked = parser.parse_args()
-    bench = Bench(asked.checkpoint or checkpoint(), Cache(asked.results))
+    bench = Bench(asked.checkpoint or checkpoint(), Cache(asked.results), asked.steps)
     kept: dict[str, Any] = {"model": bench.painter.identity, "chosen": {}, "H": {}}
     if asked.chosen.exists():
         before = json.loads(asked.chosen.read_text(encoding="utf-8"))
