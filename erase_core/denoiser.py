@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import lcm
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from .activations import BlockRun
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,19 @@ class Denoiser(Protocol):
         else; the hard form has only these.
         """
 
+    def around_blocks(self, run: BlockRun) -> AbstractContextManager[None]:
+        """Inside, the repeated blocks of the network are run by ``run`` where gradients are wanted.
+
+        A block may be run again after the prediction and after the context have ended, during
+        its backward, and must give the same then.
+        """
+
+    def weights(self) -> Iterable[Tensor]:
+        """What stays in memory whatever is predicted."""
+
+    def room(self, needed: int) -> int:
+        """Bytes free where predictions run, after an attempt to make that many free."""
+
 
 class Projections:
     """``x R`` of what the layers are given in one forward, in the type of R.
@@ -148,7 +163,7 @@ class Projections:
     """
 
     def __init__(self, prompts: Tensor | None) -> None:
-        self._prompts = prompts
+        self.prompts = prompts
         self._seen: Tensor | None = None
         self._precise: Tensor | None = None
         self._projected: dict[int, Tensor] = {}
@@ -163,10 +178,10 @@ class Projections:
 
     def _unrounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``x``, each number that is a prompt's rounded one as it was before."""
-        known = self._prompts is not None and self._prompts.shape == x.shape
+        known = self.prompts is not None and self.prompts.shape == x.shape
         if x.dtype is dtype or not known:
             return x.to(dtype)
-        full = self._prompts.to(x.device, dtype)
+        full = self.prompts.to(x.device, dtype)
         # What stands between the encoder and the layer may have changed some: those stay changed.
         return torch.where(full.to(x.dtype) == x, full, x.to(dtype))
 
@@ -197,6 +212,14 @@ class LowRankSidePath:
             yield
         finally:
             self._edit, self._projections = previous
+
+    def again(self) -> Callable[[], AbstractContextManager[None]]:
+        """What makes the edit that is active now active once more, for a part of the forward.
+
+        With projections of its own: a part that is run twice must do the same both times.
+        """
+        edit, prompts = self._edit, self._projections.prompts
+        return lambda: self.active(edit, prompts)
 
     def remove(self) -> None:
         """Take the hooks off the layers."""

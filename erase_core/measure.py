@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .activations import BlockRun
 from .denoiser import Denoiser, Encoded, LowRankEdit
 from .guidance import guidance_term, moved, surgical_target
 from .memory import ADVICE, out_of_memory
@@ -21,6 +23,8 @@ from .states import (
     euler_step,
     states_at,
 )
+
+PLAIN_GRADIENT = 3  # forward-equivalents of a forward with its backward
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,30 @@ class Movement:
 class CountedDenoiser:
     """A denoiser that counts what it is asked for, in forward-equivalents per image.
 
-    A prediction is 1; one whose gradient is wanted is 3, since a backward costs two forwards. What
-    doesn't fit the device's memory is predicted in smaller parts, unless its gradient is wanted:
-    then it is the caller that must ask for less.
+    A prediction is 1; one whose gradient is wanted is 3, since a backward costs two forwards, or
+    what the way its blocks are run costs (:class:`activations.BlockRun`). What doesn't fit the
+    device's memory is predicted in smaller parts, unless its gradient is wanted: then it is the
+    caller that must ask for less.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
         self._denoiser = denoiser
         self._most: int | None = None  # images at a time, once memory has run out
+        self._with_gradient = PLAIN_GRADIENT
         self.forward_equivalents = 0
 
     def __getattr__(self, name: str):
         return getattr(self._denoiser, name)
+
+    @contextmanager
+    def around_blocks(self, run: BlockRun) -> Iterator[None]:
+        """As the denoiser's own, and counted for what it costs."""
+        before, self._with_gradient = self._with_gradient, run.forward_equivalents
+        try:
+            with self._denoiser.around_blocks(run):
+                yield
+        finally:
+            self._with_gradient = before
 
     def predict_x0(
         self,
@@ -71,7 +87,7 @@ class CountedDenoiser:
             PredictionError: there isn't memory for a single image.
         """
         if edit is not None and torch.is_grad_enabled():
-            self.forward_equivalents += 3 * len(x)
+            self.forward_equivalents += self._with_gradient * len(x)
             return self._denoiser.predict_x0(x, sigma, prompts, edit)
         self.forward_equivalents += len(x)
         while True:

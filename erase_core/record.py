@@ -19,6 +19,18 @@ class _OrNone:
         self.shape = shape
 
 
+# Of older versions there is none.
+_MEMORY = _OrNone(
+    {
+        "at_once": int,
+        "checkpointing": bool,
+        "ran_out": int,
+        "needed_whole": int,
+        "needed": int,
+        "free": int,
+    }
+)
+
 # What is read of a record: types, of mappings the keys, of a list what each entry is.
 _SHAPE = {
     "version": str,
@@ -134,6 +146,7 @@ def _amiss_together(record: Mapping[str, Any], rank: int) -> Iterator[str]:
     concepts, measures = record["concepts"], record["measures"]
     sampled = measures["moved_held_out"] is not None
     yield from _amiss(record.get("taken_out", []), [str], "taken_out")
+    yield from _amiss(record.get("memory"), _MEMORY, "memory")
     if not concepts:
         yield "concepts"
     if sampled != (measures["moved_sampled"] is not None):

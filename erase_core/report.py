@@ -107,8 +107,32 @@ def _cost(record: Mapping[str, Any]) -> list[str]:
     return [
         f"{record['steps_done']} steps, {record['forward_equivalents']} forward-equivalents, "
         f"{record['seconds']:.0f} s; {record['matrices']} matrices, rank {record['rank']}, "
-        f"protection {record['protection']:g}."
+        f"protection {record['protection']:g}.",
+        *_memory(record.get("memory")),
     ]
+
+
+def _memory(memory: Mapping[str, Any] | None) -> list[str]:
+    """How training went through the device's memory; records of older versions don't say."""
+    if not memory:
+        return []
+    needed, whole, free = (_gigabytes(memory[n]) for n in ("needed", "needed_whole", "free"))
+    line = f"Memory beside the weights: a training step needs about {needed} of {free} free"
+    chosen = []
+    if needed != whole:
+        chosen.append(f"as a whole it would need {whole}")
+    if memory["ran_out"]:
+        chosen.append("memory ran out on the way")
+    if not chosen:
+        return [line + "."]
+    how = f"trained {memory['at_once']} at a time"
+    if memory["checkpointing"]:
+        how += " with gradient checkpointing, which costs a third more"
+    return [f"{line}; {' and '.join(chosen)}, so it {how}."]
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _warnings(record: Mapping[str, Any]) -> list[str]:

@@ -7,18 +7,20 @@ import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .activations import Recompute
 from .checks import planned_checks, spread_over
 from .closed_form import ClosedForm, EditRegression
 from .denoiser import Denoiser, LowRankEdit
 from .encoded import EncodedPrompts
 from .fingerprint import fingerprint
 from .language import encode_language, naming
-from .measure import CountedDenoiser, movement_on
+from .measure import PLAIN_GRADIENT, CountedDenoiser, movement_on
 from .prompts import prompt_warnings
 from .protection import Choice, strongest_that_moves
 from .record import VERSION
@@ -33,7 +35,9 @@ TRIED_STATES = 12
 EXPECTED_TRIES = 2
 STOP_STATES = 6
 STOP_EVERY = 10
-CHECKED_GRADIENT = 5  # one image forward and backward, and forward at both ends of a difference
+# One image forward, to count what its backward needs; then forward and backward, and forward at
+# both ends of a difference.
+CHECKED_GRADIENT = 6
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Run:
         self.losses: list[float] = []
         self.converged = False
         self.gradient_apart: float | None = None
+        self.memory: dict[str, Any] | None = None
         self.ended_by = ""  # what ended training before its time, in words
         self.generator = torch.Generator().manual_seed(settings.seed)
         self._started = time.monotonic()
@@ -72,7 +77,8 @@ class Run:
     def plan(self, prompts: EncodedPrompts) -> None:
         """Know what the run will cost at most."""
         pooled = prompts.null.pooled is not None
-        self._plan = planned_cost(self.settings, pooled, len(prompts.plain))
+        self._planned = partial(planned_cost, self.settings, pooled, len(prompts.plain))
+        self._plan = self._planned()
 
     def progress(self, stage: str) -> Progress:
         loss = self.losses[-1] if self.losses else None
@@ -138,11 +144,16 @@ class Run:
         return (yield from self.follow_stage("protection", stage, "Choosing the protection"))
 
     def check_gradient(self, trainer: SurgeryTrainer) -> Iterator[Progress]:
-        """Before the first step: is the gradient the loss's?"""
+        """Before the first step: what fits the memory, and is the gradient the loss's?"""
         yield self.progress("Checking the gradient")
         before = self.denoiser.forward_equivalents
+        trainer.fit_to_memory()
         self.gradient_apart = trainer.check_gradient()
         self._plan["gradient"] = self.denoiser.forward_equivalents - before
+        if trainer.fit.checkpointing:
+            self._plan["training"] = (
+                self._plan["training"] * Recompute.forward_equivalents // PLAIN_GRADIENT
+            )
 
     def train(
         self,
@@ -169,6 +180,7 @@ class Run:
                 if low == 2:
                     self.converged = True
                     break
+        self.memory = trainer.memory()
         self._plan["training"] = self.denoiser.forward_equivalents - before
 
     def _until_it_diverges(self, losses: Iterator[float]) -> Iterator[float]:
@@ -216,6 +228,7 @@ class Run:
             "stopped_early": steps < settings.steps,
             "ended_by": self.ended_by,
             "gradient_apart": self.gradient_apart,
+            "memory": self.memory,
             "forward_equivalents": self.denoiser.forward_equivalents,
             "seconds": round(time.monotonic() - self._started, 2),
         }
@@ -267,12 +280,15 @@ class Run:
             yield self.progress(stage.format(item))
 
 
-def planned_cost(settings: EraseSettings, pooled: bool, plain: int = 0) -> dict[str, int]:
+def planned_cost(
+    settings: EraseSettings, pooled: bool, plain: int = 0, with_gradient: int = PLAIN_GRADIENT
+) -> dict[str, int]:
     """Forward-equivalents of a run by stage, at most.
 
     Args:
         pooled: whether the model takes pooled vectors.
         plain: how many plain captions are held like keep prompts, instead of a protection.
+        with_gradient: of a prediction in training; checkpointing makes it more.
     """
     if not settings.samples:
         return {}
@@ -288,7 +304,8 @@ def planned_cost(settings: EraseSettings, pooled: bool, plain: int = 0) -> dict[
         "pool": (3 * (training + held_out) + 2 * kept) * settings.sampling_steps,
         "protection": tried,
         "gradient": CHECKED_GRADIENT * images if settings.steps else 0,
-        "training": 3 * settings.steps * settings.batch * images + stops * STOP_STATES * concepts,
+        "training": with_gradient * settings.steps * settings.batch * images
+        + stops * STOP_STATES * concepts,
         "checks": planned_checks(settings, held_out, pooled),
     }
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .activations import Recompute, SavedBytes
 from .denoiser import Denoiser, Encoded, LowRankEdit
 from .gradient import check_gradient
 from .guidance import SigmaWeight, guidance_term, surgery_loss, surgical_target, weighted_error
 from .layers import reads_prompt
-from .memory import ADVICE, advice_instead, out_of_memory
+from .memory import ADVICE, Fit, Need, advice_instead, out_of_memory
 from .settings import EraseSettings
 from .states import EncodedPair, States
 
@@ -140,8 +143,40 @@ class SurgeryTrainer:
         groups = self._optimiser.param_groups
         self._values = [tensor for group in groups for tensor in group["params"]]
         self._good: list[Tensor] | None = None  # the values when the loss was last seen finite
-        self._parts = 1  # in which a batch goes through the model, more once memory has run out
+        self.fit = Fit()
+        self._estimate: dict[str, int] = {}
+        self._ran_out = 0
         self._loss_scale = LOSS_SCALE if denoiser.dtype is torch.float16 else 1.0
+
+    def fit_to_memory(self) -> None:
+        """Choose how a batch goes through the model, from one forward and what is free.
+
+        Raises:
+            TrainingError: there isn't memory to predict a single state.
+        """
+        edit, batch = self.edit, self._settings.batch
+        known = [*self._denoiser.weights(), *edit.bases.values(), *edit.factors.values()]
+        saved = SavedBytes(known)
+        with advice_instead("train", TrainingError):
+            with self._denoiser.around_blocks(saved), saved.counting():
+                self.loss(edit, *self._one_state())
+        need = Need.counted(saved)
+        free = self._denoiser.room(Fit().needs(need, batch))
+        self.fit = Fit.into(free, need, batch)
+        self._estimate = {
+            "needed_whole": Fit().needs(need, batch),
+            "needed": self.fit.needs(need, batch),
+            "free": free,
+        }
+
+    def memory(self) -> dict[str, Any]:
+        """How a batch went through the model and why, for the record."""
+        return {
+            "at_once": -(-self._settings.batch // self.fit.parts),
+            "checkpointing": self.fit.checkpointing,
+            "ran_out": self._ran_out,
+            **self._estimate,
+        }
 
     def check_gradient(self) -> float:
         """Check that the gradient is the loss's: at the state that has farthest to go.
@@ -153,14 +188,49 @@ class SurgeryTrainer:
             GradientError: too far.
             TrainingError: there isn't memory for a single state.
         """
+        start, dtype = self.edit.to(self._denoiser.device), self._denoiser.dtype
+        apart = None
+        while apart is None:
+            apart = self._or_use_less(
+                lambda: check_gradient(
+                    lambda edit: self.loss(edit, *self._one_state()), start, dtype, self._loss_scale
+                ),
+                batch=1,
+            )
+        return apart
+
+    def _one_state(self) -> tuple[Tensor, Tensor]:
+        """The state that has farthest to go, and one of what the soft form holds."""
         states = self._pool.states
         squared = (states.g_erased - self._targets).flatten(1).square().sum(1)
-        farthest, kept = (self._weight(states.sigma) * squared).argmax()[None], torch.arange(1)
-        start, dtype = self.edit.to(self._denoiser.device), self._denoiser.dtype
-        with advice_instead("train", TrainingError):
-            return check_gradient(
-                lambda edit: self.loss(edit, farthest, kept), start, dtype, self._loss_scale
-            )
+        return (self._weight(states.sigma) * squared).argmax()[None], torch.arange(1)
+
+    def _blocks(self) -> AbstractContextManager[None]:
+        if self.fit.checkpointing:
+            return self._denoiser.around_blocks(Recompute())
+        return nullcontext()
+
+    def _or_use_less(self, action: Callable[[], float], batch: int) -> float | None:
+        """What ``action`` gives; None where memory ran out, and it is to be tried again with less.
+
+        Args:
+            batch: how many states go through the model in it.
+
+        Raises:
+            TrainingError: there is no less.
+        """
+        try:
+            with self._blocks():
+                return action()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            smaller = self.fit.smaller(batch)
+            if smaller is None:
+                raise TrainingError(ADVICE.format(task="train")) from error
+            self._ran_out += 1
+        self.fit = smaller
+        return None
 
     def loss(self, edit: LowRankEdit, index: Tensor, kept_index: Tensor) -> Tensor:
         """Surgery loss of an edit at some states; nothing moved is a loss of 1.
@@ -237,14 +307,13 @@ class SurgeryTrainer:
     def _backward(self, index: Tensor, kept_index: Tensor) -> float:
         """The surgery loss, and its gradient with the ridge's in the trained values."""
         while True:
-            try:
-                value = self._backward_in_parts(index, kept_index)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                if self._parts >= len(index):
-                    raise TrainingError(ADVICE.format(task="train")) from error
-                self._parts = min(2 * self._parts, len(index))
+            before = self.fit
+            value = self._or_use_less(
+                lambda: self._backward_in_parts(index, kept_index), len(index)
+            )
+            if value is None:
+                if self.fit.checkpointing and not before.checkpointing:
+                    self.check_gradient()  # which is computed in another way from here on
                 continue
             overflown = math.isfinite(value) and not self._gradient_is_finite()
             if self._loss_scale == 1 or not overflown:
@@ -254,7 +323,7 @@ class SurgeryTrainer:
     def _backward_in_parts(self, index: Tensor, kept_index: Tensor) -> float:
         self._optimiser.zero_grad()
         value = 0.0
-        for part, kept in zip(index.chunk(self._parts), kept_index.chunk(self._parts), strict=True):
+        for part, kept in zip(*(i.chunk(self.fit.parts) for i in (index, kept_index)), strict=True):
             share = len(part) / len(index)
             edit = self._seen_by(int(self._concepts[index[0]]))
             surgery = share * self.loss(edit, part, kept)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import comfy.lora
@@ -19,6 +19,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
 from ..erase_core import families
+from ..erase_core.activations import BlockRun
 from ..erase_core.denoiser import (
     Encoded,
     LowRankEdit,
@@ -30,6 +31,7 @@ from ..erase_core.families import Family
 from ..erase_core.fingerprint import fingerprint
 from ..erase_core.layers import matching
 from ..erase_core.settings import EraseSettings
+from .blocks import blocks_run_by
 from .exact import WRAPPER_TYPE, is_side_path, side_paths
 from .identity import model_identity
 from .inplace import OutOfPlace
@@ -172,10 +174,39 @@ class ComfyDenoiser:
             "optimized_attention_override": _differentiable_attention,
             "wrappers": {WRAPPER_TYPE: side_paths(self._model)},
         }
-        out_of_place = OutOfPlace() if self._family.adds_in_place else contextlib.nullcontext()
-        with self._side_path.active(edit, tokens), out_of_place:
+        with self._side_path.active(edit, tokens), self._out_of_place():
             x0 = self._twin.apply_model(x, sigma, transformer_options=options, **conditions)
         return x0.float()
+
+    def _out_of_place(self, always: bool = False) -> contextlib.AbstractContextManager:
+        return OutOfPlace(always) if self._family.adds_in_place else contextlib.nullcontext()
+
+    def around_blocks(self, run: BlockRun) -> contextlib.AbstractContextManager[None]:
+        """See :class:`erase_core.denoiser.Denoiser`."""
+        return blocks_run_by(self._twin.diffusion_model, run, self._surroundings)
+
+    def _surroundings(self) -> Callable[[], contextlib.AbstractContextManager]:
+        """What a block needs around it that is gone once the prediction has ended."""
+        edit_again = self._side_path.again()
+
+        @contextlib.contextmanager
+        def surroundings() -> Iterator[None]:
+            with edit_again(), self._out_of_place(always=True):
+                yield
+
+        return surroundings
+
+    def weights(self) -> Iterator[Tensor]:
+        """See :class:`erase_core.denoiser.Denoiser`."""
+        yield from self._twin.parameters()
+        yield from self._twin.buffers()
+
+    def room(self, needed: int) -> int:
+        """See :class:`erase_core.denoiser.Denoiser`. The host moves other models away."""
+        management = comfy.model_management
+        own = management.LoadedModel(self._model)
+        management.free_memory(needed, self.device, keep_loaded=[own])
+        return management.get_free_memory(self.device)
 
     def _by_length(
         self, x: Tensor, sigma: Tensor, prompts: Sequence[Encoded], edit: LowRankEdit | None

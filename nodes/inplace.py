@@ -23,12 +23,22 @@ _OUT_OF_PLACE = {
 
 
 class OutOfPlace(TorchFunctionMode):
-    """Only statements that assign, such as ``x += y``, see the result; only use it where all do."""
+    """Only statements that assign, such as ``x += y``, see the result; only use it where all do.
+
+    Args:
+        always: also where no gradient is wanted of the operands, so that what a block is given is
+            the same when it runs again.
+    """
+
+    def __init__(self, always: bool = False) -> None:
+        super().__init__()
+        self._always = always
 
     def __torch_function__(self, function, types, arguments=(), keywords=None) -> Any:
         """Called for every operation inside the mode."""
         instead = _OUT_OF_PLACE.get(function)
         if instead is not None and torch.is_grad_enabled():
-            if any(isinstance(one, Tensor) and one.requires_grad for one in arguments):
+            tensors = (one for one in arguments if isinstance(one, Tensor))
+            if self._always or any(one.requires_grad for one in tensors):
                 function = instead
         return function(*arguments, **(keywords or {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import contextmanager
 
 import torch
 from concept_surgery.erase_core.denoiser import Encoded, LowRankSidePath, stack_tokens
@@ -35,6 +36,8 @@ class ToyDenoiser:
         self._side_path = LowRankSidePath(self._trained)
         self.base = {"name": "toy", "fingerprint": fingerprint(self.matrices())}
         self.calls = 0
+        self.free = 10**9
+        self._run = None
 
     def token_ids(self, prompts):
         ids = []
@@ -63,16 +66,47 @@ class ToyDenoiser:
     def loss_weight(self, sigma):
         return torch.ones_like(sigma)
 
+    @contextmanager
+    def around_blocks(self, run):
+        before, self._run = self._run, run
+        try:
+            yield
+        finally:
+            self._run = before
+
+    def weights(self):
+        return [w for m in (self.key, self.value, self.query, self.out) for w in m.parameters()]
+
+    def room(self, needed):
+        return self.free
+
     def predict_x0(self, x, sigma, prompts, edit=None):
         tokens = stack_tokens(prompts)
-        self.calls += x.shape[0] * (3 if edit is not None and torch.is_grad_enabled() else 1)
+        learning = edit is not None and torch.is_grad_enabled()
+        cost = self._run.forward_equivalents if self._run else 3
+        self.calls += x.shape[0] * (cost if learning else 1)
         scaled = x / (1 + sigma.view(-1, 1, 1, 1) ** 2).sqrt()
         pixels = scaled.flatten(2).transpose(1, 2)
         with self._side_path.active(edit):
-            keys, values = self.key(tokens), self.value(tokens)
-            weights = (self.query(pixels) @ keys.transpose(1, 2)).softmax(dim=-1)
-            eps = self.out(weights @ values).transpose(1, 2).reshape(x.shape)
+            again = self._side_path.again()
+
+            def run(block, *inputs):
+                def whole(*inputs):
+                    with again():
+                        return block(*inputs)
+
+                return self._run(whole, *inputs) if learning and self._run else whole(*inputs)
+
+            eps = self.network(pixels, tokens, run).transpose(1, 2).reshape(x.shape)
         return x - sigma.view(-1, 1, 1, 1) * eps
+
+    def network(self, pixels, tokens, run):
+        return run(self.attention, pixels, tokens)
+
+    def attention(self, pixels, tokens):
+        keys, values = self.key(tokens), self.value(tokens)
+        weights = (self.query(pixels) @ keys.transpose(1, 2)).softmax(dim=-1)
+        return self.out(weights @ values)
 
     def matrices(self):
         return {name: layer.weight for name, layer in self._trained.items()}
