@@ -60,7 +60,7 @@ class ComfyDenoiser:
         layers: which matrices train, see :mod:`erase_core.layers`; None for the family's own.
 
     Raises:
-        UnsupportedModelError: a model or a text encoder that can't be trained with, see there.
+        UnsupportedModelError: a model that can't be trained on, or a CLIP with hooks.
         LayerRuleError: a layer rule that matches nothing.
     """
 
@@ -74,6 +74,7 @@ class ComfyDenoiser:
         layers: str | None = None,
     ) -> None:
         self._family = trainable_family(model)
+        refuse_hooks(clip)
         self.family = self._family.name
         if not self._family.readers_known:
             refuse_if_it_takes_more(model, clip, self._family)
@@ -297,6 +298,31 @@ def known_matrices(model) -> dict[str, Tensor]:
 def base_fingerprint(model) -> list[float]:
     """Fingerprint of the unpatched matrices that an erasure changes."""
     return fingerprint(known_matrices(model))
+
+
+def refuse_hooks(clip) -> None:
+    """Weights that change by prompt or by step are not what one fixed change is trained for.
+
+    The host puts a CLIP's hooks on its weights only where it encodes by its schedule, and lets the
+    conditioning carry them on to the MODEL; an erasure would be trained without either.
+
+    Raises:
+        UnsupportedModelError: the CLIP carries hooks.
+    """
+    patcher = getattr(clip, "patcher", None)
+    found = {
+        "on its own weights": getattr(patcher, "forced_hooks", None),
+        "for the MODEL, on every prompt it encodes": getattr(clip, "apply_hooks_to_conds", None),
+    }
+    where = [name for name, group in found.items() if group is not None and group.hooks]
+    if where:
+        kinds = {type(hook).__name__ for group in found.values() if group for hook in group.hooks}
+        raise UnsupportedModelError(
+            f"The connected CLIP carries hooks ({', '.join(sorted(kinds))}) {' and '.join(where)}. "
+            "They change weights while sampling, so an erasure trained beside them would be for "
+            "other weights. Connect the CLIP from before Set CLIP Hooks; for a LoRA that shall "
+            "be part of the training, use Load LoRA on MODEL and CLIP instead of Create Hook LoRA."
+        )
 
 
 def encode_prompts(
