@@ -14,12 +14,13 @@ from .closed_form import ClosedForm, EditRegression
 from .denoiser import Denoiser, LowRankEdit
 from .encoded import EncodedPrompts, encode_prompts
 from .erasure import Erasure
+from .families import by_name
 from .identity import USE_IF_THERE, result_key, stored_result
 from .language import plain_captions, second_moment, spread
 from .layers import reads_prompt
 from .record import VERSION
 from .run import Progress, Run
-from .settings import EraseSettings
+from .settings import EraseSettings, SettingsError
 from .subspace import ExactSet, KeptPrompt, SubspaceError, exact_set
 from .trainer import Pool, Ridge, SurgeryTrainer
 
@@ -76,6 +77,13 @@ def erase(
             GradientError, TrainingError: see there.
     """
     run = Run(settings, denoiser)
+    readers = _readers(run.matrices, denoiser.family)
+    if settings.form == "hard" and not readers:
+        raise SettingsError(
+            f"The hard form needs matrices of which it is known that they read the prompt and "
+            f"nothing else; of {denoiser.family} none are known. Choose the soft form, and "
+            "'balanced' or 'thorough' as the preset."
+        )
     yield run.progress("Reading the prompts")
     prompts = encode_prompts(settings, denoiser)
     run.plan(prompts)
@@ -90,7 +98,6 @@ def erase(
     unnamed = spread(captions, UNNAMED_PROMPTS)
     others = [caption for caption in captions if caption not in unnamed]
     unnamed = [caption for caption in unnamed if caption not in run.named(unnamed)] or unnamed
-    readers = {name: w for name, w in run.matrices.items() if reads_prompt(name)}
     exact, moment = _exact(settings, prompts), torch.zeros(1, 1)
     if readers:
         moment = yield from run.language(others, language_cache)
@@ -116,7 +123,7 @@ def erase(
             pool,
             edit,
             solution.columns if solution else [],
-            Ridge(run.matrices, moment, denoiser.device),
+            Ridge(readers, moment, denoiser.device),
             choice.ridge / solution.distance if choice else 0.0,
             settings,
         )
@@ -130,6 +137,12 @@ def erase(
     if results is not None:
         results[key] = erasure
     yield Finished(erasure, run.losses)
+
+
+def _readers(matrices: dict[str, Tensor], family: str) -> dict[str, Tensor]:
+    """The matrices that are applied to the token embeddings of the prompt and to nothing else."""
+    known = by_name(family).readers_known
+    return {name: w for name, w in matrices.items() if known and reads_prompt(name)}
 
 
 def _exact(settings: EraseSettings, prompts: EncodedPrompts) -> ExactSet:

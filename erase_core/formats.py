@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .families import FAMILIES
+from .families import by_name
 
 RECORD_KEY = "concept_surgery"
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
@@ -64,15 +64,14 @@ def read_kohya_tensors(
 
 def metadata(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """File metadata: our record, ModelSpec 1.0.1, and the kohya keys that managers show."""
-    settings, name = record["settings"], record["family"]
-    family = FAMILIES.get(name)
+    settings, family = record["settings"], by_name(record["family"])
     concepts = concept_list(record)
     title = f"Erase {concepts}"
     return {
         RECORD_KEY: json.dumps(record, sort_keys=True),
         "modelspec.sai_model_spec": "1.0.1",
         # Forge matches these two strings exactly when it sorts LoRAs by base model.
-        "modelspec.architecture": family.architecture if family else name,
+        "modelspec.architecture": family.architecture,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.description": (f"Concept erasure. Removes {concepts}; apply at strength 1."),
@@ -80,7 +79,7 @@ def metadata(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
         "modelspec.date": record["created"],
         "modelspec.hash_sha256": f"0x{tensor_hash(tensors)}",
         "ss_output_name": title,
-        "ss_base_model_version": family.kohya_base if family else name,
+        "ss_base_model_version": family.kohya_base,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(record["rank"]),
         "ss_network_alpha": str(record["rank"]),

@@ -12,6 +12,40 @@ LAYER_RULES: dict[str, tuple[str, ...]] = {
     "transformer": ("*_transformer_blocks_*",),
     "text-input": ("*_context_embedder", "*_txt_in"),
     "text-stream": ("*_context_block_attn_qkv", "*_txt_attn_qkv"),
+    # For architectures nobody looked at: whatever is fed by the prompt, directly or behind layers
+    # that refine it first.
+    "prompt-fed": (
+        # keys and values of cross-attention
+        "*_attn2_to_k",
+        "*_attn2_to_v",
+        "*_attn2_kv_proj",
+        "*_cross_attn_k",
+        "*_cross_attn_v",
+        "*_cross_attn_k_proj",
+        "*_cross_attn_v_proj",
+        "*_cross_attn_kv_linear",
+        # keys and values of the prompt's own stream in joint attention
+        "*_add_k_proj",
+        "*_add_v_proj",
+        "*_to_k_t",
+        "*_to_v_t",
+        "*_context_block_attn_qkv",
+        "*_txt_attn_qkv",
+        "*_attn_qkv_y",
+        "*_double_layers_*_attn_w1k",
+        "*_double_layers_*_attn_w1v",
+        "*_context_refiner_*_attention_qkv",
+        # where the prompt enters
+        "*_context_embedder",
+        "*_txt_in",
+        "*_txt_in_input_embedder",
+        "*_cond_seq_linear",
+        "*_cap_embedder_1",
+        "*_caption_projection_linear_1",
+        "*_text_embedding_0",
+        "*_t5_yproj",
+        "*_y_embedder_y_proj_fc1",
+    ),
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .checks import PREDICTION
-from .families import FAMILIES
+from .families import by_name
 from .formats import concept_list
 
 
@@ -137,8 +137,7 @@ def _gigabytes(size: int) -> str:
 
 def _warnings(record: Mapping[str, Any]) -> list[str]:
     lines, settings = list(record["warnings"]), record["settings"]
-    family = FAMILIES.get(record["family"])
-    lines += family.notes if family else ()
+    lines += by_name(record["family"]).notes
     if record["converged"]:
         lines.append(
             f"Ended after {record['steps_done']} of {settings['steps']} steps, because the rest "

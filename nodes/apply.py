@@ -12,7 +12,7 @@ from ..erase_core.fingerprint import fingerprint, same_fingerprint
 from ..erase_core.formats import kohya_tensors
 from ..erase_core.measure import key_value_drift
 from .exact import add_side_path
-from .host import base_fingerprint, encode_prompts, kohya_keys, original_weights, trained_keys
+from .host import base_fingerprint, encode_prompts, known_matrices, kohya_keys, original_weights
 from .messages import show_progress_text, upstream_file, warn
 from .schema import CATEGORY, ErasureType, compatible
 from .stack import (
@@ -156,7 +156,7 @@ def mismatches(model, erasure: Erasure, clip, name: str) -> list[str]:
 
 def stack_report(model) -> str:
     """What stays exact on a model that carries several erasures; "" for fewer than two."""
-    weight = next(iter(original_weights(model, trained_keys(model)).values()))
+    weight = next(iter(known_matrices(model).values()))
     return stack_text(applied_to(model), str(weight.dtype).removeprefix("torch."))
 
 

@@ -10,15 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import comfy.lora
-import comfy.model_base
 import comfy.model_management
 import comfy.samplers
-import comfy.supported_models
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
-from ..erase_core import families
 from ..erase_core.activations import BlockRun
 from ..erase_core.denoiser import (
     Encoded,
@@ -27,32 +24,26 @@ from ..erase_core.denoiser import (
     stack_pooled,
     stack_tokens,
 )
-from ..erase_core.families import Family
 from ..erase_core.fingerprint import fingerprint
-from ..erase_core.layers import matching
+from ..erase_core.layers import LayerRuleError, matching
 from ..erase_core.settings import EraseSettings
 from .blocks import blocks_run_by
 from .exact import WRAPPER_TYPE, is_side_path, side_paths
+from .families import (
+    UnsupportedModelError,
+    latent_shape,
+    model_family,
+    refuse_if_it_takes_more,
+    trainable_family,
+    with_frames,
+)
 from .identity import model_identity
 from .inplace import OutOfPlace
-
-# What the host's classes are to the engine: the configuration with its kin, and the model itself.
-FAMILIES = (
-    (families.SD1, comfy.supported_models.SD15, comfy.model_base.BaseModel),
-    (families.SD2, comfy.supported_models.SD20, comfy.model_base.BaseModel),
-    (families.SDXL, comfy.supported_models.SDXL, comfy.model_base.SDXL),
-    (families.SD3, comfy.supported_models.SD3, comfy.model_base.SD3),
-    (families.FLUX, comfy.supported_models.Flux, comfy.model_base.Flux),
-)
 
 STREAM_IDS = 1_000_000  # more than any tokenizer has
 # A training step keeps activations that inference frees; the host moves other models out of the
 # way for this many times what it would reserve for sampling.
 TRAINING_MEMORY_FACTOR = 3
-
-
-class UnsupportedModelError(ValueError):
-    """A model this version can't train on or apply to."""
 
 
 class ComfyDenoiser:
@@ -71,7 +62,7 @@ class ComfyDenoiser:
         layers: which matrices train, see :mod:`erase_core.layers`; None for the family's own.
 
     Raises:
-        UnsupportedModelError: another family, an inpainting model.
+        UnsupportedModelError: a model that can't be trained on, or a CLIP with hooks.
         LayerRuleError: a layer rule that matches nothing.
     """
 
@@ -85,7 +76,10 @@ class ComfyDenoiser:
         layers: str | None = None,
     ) -> None:
         self._family = trainable_family(model)
+        refuse_hooks(clip)
         self.family = self._family.name
+        if not self._family.readers_known:
+            refuse_if_it_takes_more(model, clip, self._family)
         self.base = {"name": base_name, "fingerprint": base_fingerprint(model)}
         self._model, self._clip = with_resident_weights(model), clip
         self._keys = trained_keys(model, layers)
@@ -135,7 +129,7 @@ class ComfyDenoiser:
 
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
         """See :class:`erase_core.denoiser.Denoiser`."""
-        return (self._model.model.latent_format.latent_channels, resolution // 8, resolution // 8)
+        return latent_shape(self._model, resolution)
 
     def sigmas(self, steps: int) -> Tensor:
         """See :class:`erase_core.denoiser.Denoiser`."""
@@ -169,14 +163,15 @@ class ComfyDenoiser:
         if self._family.joint and len({len(prompt.tokens) for prompt in prompts}) > 1:
             return self._by_length(x, sigma, prompts, edit)
         tokens = stack_tokens(prompts).to(x.device)
-        conditions = self._conditions(x, tokens, stack_pooled(prompts))
+        given = with_frames(self._model, x)
+        conditions = self._conditions(given, tokens, stack_pooled(prompts))
         options = {
             "optimized_attention_override": _differentiable_attention,
             "wrappers": {WRAPPER_TYPE: side_paths(self._model)},
         }
         with self._side_path.active(edit, tokens), self._out_of_place():
-            x0 = self._twin.apply_model(x, sigma, transformer_options=options, **conditions)
-        return x0.float()
+            x0 = self._twin.apply_model(given, sigma, transformer_options=options, **conditions)
+        return x0.float().view_as(x)
 
     def _out_of_place(self, always: bool = False) -> contextlib.AbstractContextManager:
         return OutOfPlace(always) if self._family.adds_in_place else contextlib.nullcontext()
@@ -220,15 +215,17 @@ class ComfyDenoiser:
         ]
         return torch.cat(parts)[torch.cat(groups).argsort().to(x.device)]
 
-    def _conditions(self, x: Tensor, tokens: Tensor, pooled: Tensor | None) -> dict[str, Tensor]:
+    def _conditions(self, x: Tensor, tokens: Tensor, pooled: Tensor | None) -> dict[str, Any]:
         """What the host's samplers would hand to the model for these prompts."""
         given = {"noise": x, "device": x.device, "cross_attn": tokens, **self._size}
-        if pooled is not None:
-            given["pooled_output"] = pooled.to(x.device)
-        conditions = self._model.model.extra_conds(**given)
+        given["pooled_output"] = None if pooled is None else pooled.to(x.device)
+        conditions = {
+            name: condition.process_cond(batch_size=len(x), device=x.device, area=None).cond
+            for name, condition in self._model.model.extra_conds(**given).items()
+        }
         return {
-            name: condition.process_cond(batch_size=len(x), device=x.device).cond.to(x.device)
-            for name, condition in conditions.items()
+            name: value.to(x.device) if isinstance(value, Tensor) else value
+            for name, value in conditions.items()
         }
 
     def matrices(self) -> Mapping[str, Tensor]:
@@ -242,50 +239,6 @@ class ComfyDenoiser:
                     weight = weights[names[key]]
                     weights[names[key]] = weight.float() + delta.to(weight.device)
         return weights
-
-
-def model_family(model) -> Family:
-    """The model's family, variants such as inpainting models included.
-
-    Raises:
-        UnsupportedModelError: another family.
-    """
-    inner = model.model
-    found = [family for family, config, _ in FAMILIES if isinstance(inner.model_config, config)]
-    if not found:
-        raise _unsupported(inner)
-    if found[0] is families.SD2 and inner.model_type is comfy.model_base.ModelType.V_PREDICTION:
-        return families.SD2_V
-    return found[0]
-
-
-def trainable_family(model) -> Family:
-    """The family of a model that can be trained on.
-
-    Raises:
-        UnsupportedModelError: another family, or a variant with other inputs.
-    """
-    inner, family = model.model, model_family(model)
-    if type(inner) not in [base for *_, base in FAMILIES]:
-        raise _unsupported(inner)
-    channels = inner.model_config.unet_config.get("in_channels", 4)
-    expected = inner.latent_format.latent_channels
-    if inner.concat_keys or channels != expected:
-        raise UnsupportedModelError(
-            f"This is an inpainting or otherwise conditioned model: it takes {channels} channels, "
-            f"a plain one takes {expected}. Train on the plain model of the same family; the "
-            "erasure file can then be applied to this one with a LoRA loader."
-        )
-    return family
-
-
-def _unsupported(inner) -> UnsupportedModelError:
-    known = ", ".join(family.name for family, *_ in FAMILIES)
-    return UnsupportedModelError(
-        f"This model is of the family {type(inner.model_config).__name__} "
-        f"({type(inner).__name__}). Concept Surgery works on {known} for now; load a checkpoint of "
-        "one of these."
-    )
 
 
 def with_resident_weights(model):
@@ -343,19 +296,64 @@ def trained_keys(model, layers: str | None = None) -> dict[str, str]:
     Raises:
         LayerRuleError: the rule matches nothing.
     """
+    keys, family = _matrix_keys(model), model_family(model)
+    rule = layers or family.defaults.get("layers", EraseSettings.layers)
+    return {name: keys[name] for name in matching(keys, rule)}
+
+
+def _matrix_keys(model) -> dict[str, str]:
+    """Host keys of all matrices by the kohya name that the model's family has for them."""
     weights, family = model.model.state_dict(), model_family(model)
     keys = {
         name: key
         for name, key in kohya_keys(model).items()
         if name.startswith(family.matrix_names) and key in weights and weights[key].ndim == 2
     }
-    rule = layers or family.defaults.get("layers", EraseSettings.layers)
-    return {name: keys[name] for name in matching(keys, rule)}
+    # A host may know several names for one matrix; the first is the one made from its key.
+    first = {key: name for name, key in reversed(keys.items())}
+    return {name: key for key, name in reversed(first.items())}
+
+
+def known_matrices(model) -> dict[str, Tensor]:
+    """The unpatched matrices that a family is recognised by, by kohya name.
+
+    They are those that its own layer rule takes, or all where that takes none.
+    """
+    try:
+        keys = trained_keys(model)
+    except LayerRuleError:
+        keys = _matrix_keys(model)
+    return original_weights(model, keys)
 
 
 def base_fingerprint(model) -> list[float]:
     """Fingerprint of the unpatched matrices that an erasure changes."""
-    return fingerprint(original_weights(model, trained_keys(model)))
+    return fingerprint(known_matrices(model))
+
+
+def refuse_hooks(clip) -> None:
+    """Weights that change by prompt or by step are not what one fixed change is trained for.
+
+    The host puts a CLIP's hooks on its weights only where it encodes by its schedule, and lets the
+    conditioning carry them on to the MODEL; an erasure would be trained without either.
+
+    Raises:
+        UnsupportedModelError: the CLIP carries hooks.
+    """
+    patcher = getattr(clip, "patcher", None)
+    found = {
+        "on its own weights": getattr(patcher, "forced_hooks", None),
+        "for the MODEL, on every prompt it encodes": getattr(clip, "apply_hooks_to_conds", None),
+    }
+    where = [name for name, group in found.items() if group is not None and group.hooks]
+    if where:
+        kinds = {type(hook).__name__ for group in found.values() if group for hook in group.hooks}
+        raise UnsupportedModelError(
+            f"The connected CLIP carries hooks ({', '.join(sorted(kinds))}) {' and '.join(where)}. "
+            "They change weights while sampling, so an erasure trained beside them would be for "
+            "other weights. Connect the CLIP from before Set CLIP Hooks; for a LoRA that shall "
+            "be part of the training, use Load LoRA on MODEL and CLIP instead of Create Hook LoRA."
+        )
 
 
 def encode_prompts(

@@ -16,7 +16,8 @@ from ..erase_core.layers import LAYER_RULES
 from ..erase_core.prompts import prompt_pairs
 from ..erase_core.report import report_text
 from ..erase_core.settings import FORMS, NULL_SCORES, parse_concepts
-from .host import ComfyDenoiser, left_out_of_training, trainable_family
+from .families import trainable_family
+from .host import ComfyDenoiser, left_out_of_training
 from .messages import show_progress_text, upstream_file, warn
 from .results import ResultStore
 from .schema import CATEGORY, ErasureType, compatible
@@ -271,15 +272,15 @@ def _advanced_inputs() -> list[Any]:
         _combo(
             "form",
             [AUTO, *FORMS],
-            "auto: as the model allows, now always hard. hard: the empty prompt and the kept "
+            "auto: as the model allows. hard: the empty prompt and the kept "
             "prompts can't move at all. soft: they are held by a penalty, as in the paper; needed "
             "to train other layers.",
         ),
         _combo(
             "layers",
             [AUTO, *LAYER_RULES],
-            "What trains; auto: key-value on U-Nets, text-input on SD3 and Flux. Others need the "
-            "soft form.",
+            "What trains; auto: key-value on U-Nets, text-input on SD3 and Flux, prompt-fed on "
+            "other architectures. Others need the soft form.",
         ),
         compatible(
             io.String.Input,

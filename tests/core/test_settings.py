@@ -141,7 +141,8 @@ def test_layer_rules_take_what_they_name(rule):
     ]
     sd3 = ["context_embedder", "joint_blocks_0_context_block_attn_qkv", "x_embedder_proj"]
     flux = ["txt_in", "double_blocks_0_txt_attn_qkv", "double_blocks_0_img_attn_qkv"]
-    names += [f"lora_unet_{name}" for name in (*sd3, *flux)]
+    others = ["blocks_0_cross_attn_kv_linear", "blocks_0_attn_qkv", "y_embedder_y_proj_fc1"]
+    names += [f"lora_unet_{name}" for name in (*sd3, *flux, *others)]
     taken = [name.removeprefix(block).removeprefix("lora_unet_") for name in matching(names, rule)]
     assert (
         taken
@@ -154,6 +155,16 @@ def test_layer_rules_take_what_they_name(rule):
             "text-stream": [
                 "joint_blocks_0_context_block_attn_qkv",
                 "double_blocks_0_txt_attn_qkv",
+            ],
+            "prompt-fed": [
+                "attn2_to_k",
+                "attn2_to_v",
+                "context_embedder",
+                "joint_blocks_0_context_block_attn_qkv",
+                "txt_in",
+                "double_blocks_0_txt_attn_qkv",
+                "blocks_0_cross_attn_kv_linear",
+                "y_embedder_y_proj_fc1",
             ],
         }[rule]
     )

@@ -17,7 +17,7 @@ WIDTH, TOKENS, CHANNELS = 96, 12, 4
 class ToyDenoiser:
     """Fulfils ``erase_core.denoiser.Denoiser``; every word has a fixed random embedding."""
 
-    family, identity, device = "toy", "70" * 20, torch.device("cpu")
+    family, identity, device = "SD1.x", "70" * 20, torch.device("cpu")
     dtype = torch.float32
 
     def __init__(self, layers: str = "key-value") -> None:

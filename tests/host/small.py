@@ -47,12 +47,12 @@ def random_text_encoder(config):
     return clip
 
 
-def joint_model(family: str):
-    """MODEL and CLIP of a shrunken SD3 or Flux, built in Python from the host's classes.
+def built_model(architecture: str):
+    """MODEL and CLIP of a shrunken transformer, built in Python from the host's classes.
 
-    CLIP-L stands for their text encoders: both take the width of the tokens from their weights.
+    CLIP-L stands for their text encoders: all take the width of the tokens from their weights.
     """
-    config_class, unet = _JOINT[family]
+    config_class, unet = _TRANSFORMERS[architecture]
     cpu = torch.device("cpu")
     with torch.inference_mode():
         config = config_class(dict(unet))
@@ -62,16 +62,37 @@ def joint_model(family: str):
         for name, weight in model.model.diffusion_model.state_dict().items():
             noise = torch.randn(weight.shape, generator=generator)
             if weight.ndim > 1 and "pos_embed" not in name:
-                gain = _POOLED_EFFECT if name.startswith(("y_embedder", "vector_in")) else 1.0
+                gain = _gain(architecture, name)
                 weight.copy_(gain * noise / math.sqrt(weight[0].numel()))
             else:  # the biases of the modulation open its gates
                 weight.copy_(1 + 0.1 * noise if "norm" in name else 0.3 * noise)
         return model, random_text_encoder(comfy.supported_models.SD15({}))
 
 
+def _gain(architecture: str, name: str) -> float:
+    if architecture in ("sd3", "flux"):
+        return _POOLED_EFFECT if name.startswith(("y_embedder", "vector_in")) else 1.0
+    fed = any(part in name for part in _FED_BY_THE_PROMPT)
+    return _PROMPT_EFFECT.get(architecture, 2.0) if fed else 1.0
+
+
 _TEXT, _HEADS = 768, 4
 _POOLED_EFFECT = 0.1  # else it would carry all that a prompt does
-_JOINT = {
+_PROMPT_EFFECT = {
+    "pixart": 4.0
+}  # 2 for the others; else it would be lost among so many tokens that are alike
+_FED_BY_THE_PROMPT = (
+    "cross_attn",
+    "y_proj.fc1",
+    "text_embedding.0",
+    "cond_seq_linear",
+    "attn.w1",
+    "txt_in",
+    "txt_attn.qkv",
+    "cap_embedder.1",
+    "context_refiner",
+)
+_TRANSFORMERS = {
     "sd3": (
         comfy.supported_models.SD3,
         {
@@ -109,6 +130,81 @@ _JOINT = {
             "theta": 10000,
             "qkv_bias": True,
             "guidance_embed": True,
+        },
+    ),
+    "pixart": (
+        comfy.supported_models.PixArtSigma,
+        {
+            "image_model": "pixart_sigma",
+            "in_channels": 4,
+            "hidden_size": 192,  # a multiple of 3: two sizes are embedded beside the time
+            "num_heads": 4,
+            "depth": 3,
+            "caption_channels": _TEXT,
+            "micro_condition": False,
+        },
+    ),
+    "auraflow": (
+        comfy.supported_models.AuraFlow,
+        {
+            "dim": 128,
+            "global_conddim": 128,
+            "cond_seq_dim": _TEXT,
+            "n_layers": 4,
+            "n_double_layers": 2,
+            "n_heads": 4,
+            "max_seq": 16 * 16,
+        },
+    ),
+    "wan": (
+        comfy.supported_models.WAN21_T2V,
+        {
+            "image_model": "wan2.1",
+            "model_type": "t2v",
+            "dim": 128,
+            "ffn_dim": 256,
+            "text_dim": _TEXT,
+            "num_heads": 4,
+            "num_layers": 3,
+        },
+    ),
+    "chroma": (
+        comfy.supported_models.Chroma,
+        {
+            "image_model": "chroma",
+            "in_channels": 64,
+            "out_channels": 64,
+            "context_in_dim": _TEXT,
+            "hidden_size": 256,
+            "mlp_ratio": 4.0,
+            "num_heads": 2,
+            "depth": 2,
+            "depth_single_blocks": 2,
+            "axes_dim": [16, 56, 56],
+            "theta": 10000,
+            "patch_size": 2,
+            "qkv_bias": True,
+            "in_dim": 64,
+            "out_dim": 256,
+            "hidden_dim": 64,
+            "n_layers": 1,
+        },
+    ),
+    "lumina": (
+        comfy.supported_models.Lumina2,
+        {
+            "image_model": "lumina2",
+            "patch_size": 2,
+            "in_channels": 16,
+            "dim": 128,
+            "cap_feat_dim": _TEXT,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 4,
+            "n_kv_heads": 2,
+            "qk_norm": True,
+            "axes_dims": [8, 12, 12],
+            "axes_lens": [300, 64, 64],
         },
     ),
 }

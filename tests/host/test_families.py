@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.samplers
 import comfy.sd
@@ -21,7 +22,7 @@ from concept_surgery.nodes.files import save_erasure
 from concept_surgery.nodes.host import ComfyDenoiser, encode_prompts, model_family
 from torch.utils.checkpoint import checkpoint
 
-from .small import joint_model, load_family
+from .small import built_model, load_family
 
 KEPT, NEGATIVE = "a photo of a tiger", "blurry"
 QUICK = {
@@ -47,24 +48,26 @@ def train(model, clip, **values):
     return last.erasure
 
 
-def noisy(model, sigma: float, seed: int = 3) -> torch.Tensor:
+def noisy(model, sigma: float, seed: int = 3, shape=None) -> torch.Tensor:
     """A latent of pure noise at a level."""
-    shape = (1, model.model.latent_format.latent_channels, 8, 8)
+    shape = shape or (1, model.model.latent_format.latent_channels, 8, 8)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return noise * (sigma if shape[1] == 16 else (1 + sigma**2) ** 0.5)
 
 
-def sampled_x0(model, prompt: Encoded, sigma: float, seed: int = 3) -> torch.Tensor:
+def sampled_x0(model, prompt: Encoded, sigma: float, seed: int = 3, shape=None) -> torch.Tensor:
     """x0 as the host's samplers get it for a CONDITIONING."""
     comfy.model_management.load_models_gpu([model])
-    x = noisy(model, sigma, seed)
+    x = noisy(model, sigma, seed, shape)
     extra = {} if prompt.pooled is None else {"pooled_output": prompt.pooled[None]}
     conds = {"positive": comfy.sampler_helpers.convert_cond([[prompt.tokens[None], extra]])}
     with torch.inference_mode():
         conds = comfy.samplers.process_conds(model.model, x, conds, x.device, torch.zeros_like(x))
         model.pre_run()
+        options = comfy.model_patcher.create_model_options_clone(model.model_options)
+        comfy.sampler_helpers.prepare_model_patcher(model, {}, options)
         found = comfy.samplers.calc_cond_batch(
-            model.model, [conds["positive"]], x, torch.tensor([sigma]), model.model_options
+            model.model, [conds["positive"]], x, torch.tensor([sigma]), options
         )
         model.cleanup()
     return found[0]
@@ -188,7 +191,7 @@ def test_sd2_with_v_prediction_and_zero_terminal_snr_is_erased(sd2):
 
 @pytest.fixture(scope="module", params=["sd3", "flux"])
 def joint(request):
-    return joint_model(request.param)
+    return built_model(request.param)
 
 
 def test_joint_attention_is_asked_as_the_hosts_samplers_ask_it(joint):
@@ -228,7 +231,7 @@ def test_joint_attention_is_erased_where_the_prompt_enters(joint, tmp_path):
 
 
 def test_fluxs_blocks_are_trained_through_checkpointed_or_not_and_only_with_the_remedy(monkeypatch):
-    model, clip = joint_model("flux")
+    model, clip = built_model("flux")
 
     class Checkpointed(ComfyDenoiser):
         def __enter__(self):

@@ -419,14 +419,14 @@ def test_nan_in_the_model_ends_the_run_with_advice(checkpoint, loaded, store):
         train((model, loaded[1]), store, concepts="cat")
 
 
-def test_another_family_is_refused_by_name(loaded):
-    unet = {**loaded[0].model.model_config.unet_config, "adm_in_channels": 2560}
-    config = comfy.supported_models.SDXLRefiner({**unet, "num_classes": "sequential"})
+def test_a_variant_with_other_inputs_is_refused_by_name(loaded):
+    unet = {**loaded[0].model.model_config.unet_config, "in_channels": 8}
+    config = comfy.supported_models.SD15_instructpix2pix(unet)
     config.set_inference_dtype(torch.float32, None)
     cpu = torch.device("cpu")
     model = comfy.model_patcher.ModelPatcher(config.get_model({}, "", device=cpu), cpu, cpu)
-    with pytest.raises(UnsupportedModelError, match="of the family SDXLRefiner .* works on SD1.x"):
-        ComfyDenoiser(model, loaded[1], "refiner", 6, 64)
+    with pytest.raises(UnsupportedModelError, match="SD15_instructpix2pix.* variant of SD1.x"):
+        ComfyDenoiser(model, loaded[1], "pix2pix", 6, 64)
 
 
 def test_prompts_beyond_the_window_are_encoded_whole_and_kept_exact(loaded, store):
