@@ -15,7 +15,7 @@ from concept_surgery.nodes.exact import add_side_path
 from concept_surgery.nodes.host import ComfyDenoiser, encode_prompts, model_family, trained_keys
 
 from ..core.small_device import SmallDevice
-from .small import joint_model, load_family, random_text_encoder
+from .small import built_model, load_family, random_text_encoder
 
 PROMPTS = ["a photo of a cat", "a dog"]
 FAMILIES = ["sd1", "sdxl", "sd3", "flux"]
@@ -30,7 +30,7 @@ def loaded(request, checkpoint):
             return "sd1", model, random_text_encoder(model.model.model_config)
     if request.param == "sdxl":
         return "sdxl", *load_family("sdxl")
-    return request.param, *joint_model(request.param)
+    return request.param, *built_model(request.param)
 
 
 def learning(model, clip, layers=None, seed=0):
@@ -150,7 +150,7 @@ def test_erasures_beside_the_weights_are_there_when_a_block_runs_again(loaded):
 @pytest.mark.parametrize("layers", ["text-stream", "*_double_blocks_1_img_mlp_0"])
 def test_fluxs_blocks_leave_what_they_are_given_alone(layers):
     """Also where a block adds in place before anything in it has a gradient."""
-    model, clip = joint_model("flux")
+    model, clip = built_model("flux")
     with torch.inference_mode(False), torch.enable_grad():
         denoiser, edit, loss = learning(model, clip, layers)
         with denoiser:
