@@ -11,7 +11,8 @@ from concept_surgery.erase_core.settings import EraseSettings
 
 from benchmarks.emoji.words import LEFT_OUT_PAIRS, OBJECT_NAMES, STYLE_NAMES
 from benchmarks.erasure import ablations, metrics, recovery, report
-from benchmarks.erasure.cases import MOST_KEPT, OTHERS, REPORTED, TUNED, Case
+from benchmarks.erasure.cases import MOST_KEPT, OTHERS, REPORTED, TUNED, Case, Question
+from benchmarks.erasure.instead import text_instead
 from benchmarks.erasure.methods import esd, ileco, leco, ours, speed, uce
 from benchmarks.erasure.methods.base import (
     Lora,
@@ -366,3 +367,19 @@ def test_inversion_trains_one_row_and_fits_better() -> None:
 def test_the_choice_is_the_best_mean_and_the_first_of_equals() -> None:
     assert choose({"a": [0.2, 0.4], "b": [0.9, 0.0], "c": [0.45, 0.45]}) == "b"
     assert choose({"a": [0.5], "b": [0.5]}) == "a"
+
+
+@pytest.mark.parametrize(
+    "concept, kind, asked, expected",
+    [
+        ("cat => owl", "object", "a clay drawing of a cat", "a clay drawing of an owl"),
+        ("apple", "object", "look at the apple over there", "look at the over there"),
+        ("apple", "object", "an apple on a white background", "on a white background"),
+        ("ink => flat", "style", "a dog, simple, ink style", "a dog, simple, flat style"),
+        ("ink", "style", "an image of a dog in the ink style", "an image of a dog"),
+        ("ink", "style", "an ink style picture showing a dog", "a picture showing a dog"),
+    ],
+)
+def test_what_an_erased_prompt_should_come_out_as(concept, kind, asked, expected) -> None:
+    question = Question("erased", asked, "cat", None, concept=0)
+    assert text_instead(question, Case(concept, kind)) == expected
