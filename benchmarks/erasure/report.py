@@ -56,6 +56,16 @@ def newest_lines(lines: Lines, model: str) -> list[Mapping[str, Any]]:
     return list(chosen.values())
 
 
+def common_lines(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines of erasures and seeds that every method was measured on: only those compare."""
+    runs: dict[tuple[str, int], set[str]] = {}
+    for line in lines:
+        of = line["of"]
+        runs.setdefault((of["case"], of["seed"]), set()).add(of["method"])
+    every = set().union(*runs.values())
+    return [line for line in lines if runs[line["of"]["case"], line["of"]["seed"]] == every]
+
+
 def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """By method: each measure with its 95 % interval over erasures and seeds, and the costs."""
     summary: dict[str, dict[str, Any]] = {}
@@ -211,6 +221,9 @@ def main() -> None:
         lines = [line for line in lines if line["of"]["case"] in reported]
     summary = summarise(lines)
     text = table(summary)
+    common = common_lines(lines)
+    if 0 < len(common) < len(lines):
+        text += f"\nOn the runs that every method has:\n\n{table(summarise(common))}"
     asked.folder.mkdir(parents=True, exist_ok=True)
     kept = {"model": model, "methods": rounded(summary)}
     (asked.folder / SUMMARY.name).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")

@@ -383,3 +383,9 @@ def test_the_choice_is_the_best_mean_and_the_first_of_equals() -> None:
 def test_what_an_erased_prompt_should_come_out_as(concept, kind, asked, expected) -> None:
     question = Question("erased", asked, "cat", None, concept=0)
     assert text_instead(question, Case(concept, kind)) == expected
+
+
+def test_only_runs_that_every_method_has_compare() -> None:
+    runs = [("cat", "ours"), ("cat", "uce"), ("dog", "ours")]
+    lines = [{"of": {"case": case, "method": method, "seed": 0}} for case, method in runs]
+    assert report.common_lines(lines) == lines[:2]
