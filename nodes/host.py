@@ -229,8 +229,16 @@ class ComfyDenoiser:
         }
 
     def matrices(self) -> Mapping[str, Tensor]:
-        """See :class:`erase_core.denoiser.Denoiser`."""
-        weights = {name: module.weight.detach() for name, module in self._modules.items()}
+        """See :class:`erase_core.denoiser.Denoiser`.
+
+        Raises:
+            UnsupportedModelError: weights in a format that the host can't give as numbers.
+        """
+        weights = {
+            name: dequantised(module, module.weight.detach())
+            for name, module in self._modules.items()
+        }
+        _refuse_if_packed(weights)
         names = {key: name for name, key in self._keys.items()}
         # Erasures beside the weights are part of what is trained on, like merged ones.
         for path in itertools.chain(*side_paths(self._model).values()):
@@ -283,11 +291,28 @@ def kohya_keys(model) -> dict[str, str]:
 
 def original_weights(model, keys: Mapping[str, str]) -> dict[str, Tensor]:
     """The unpatched weights behind host keys, by name; loaded patches are looked through."""
-    weights = model.model.state_dict()
-    return {
-        name: model.backup[key].weight if key in model.backup else weights[key]
-        for name, key in keys.items()
-    }
+    weights, found = model.model.state_dict(), {}
+    for name, key in keys.items():
+        weight = model.backup[key].weight if key in model.backup else weights[key]
+        found[name] = dequantised(model.model.get_submodule(key.removesuffix(".weight")), weight)
+    return found
+
+
+def dequantised(module: nn.Module, weight: Tensor) -> Tensor:
+    """A layer's weight as the numbers it stands for: scaled fp8 is kept without its scale."""
+    convert = getattr(module, "convert_weight", None)
+    return weight if convert is None else convert(weight, inplace=False)
+
+
+def _refuse_if_packed(weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise UnsupportedModelError(
+                f"This model keeps its weights packed ({type(weight).__name__} of {weight.dtype}, "
+                f"for example {name}), as GGUF files do, and an erasure is computed from the "
+                "numbers themselves. Train on the same model in fp16, bf16 or fp8, save the "
+                "erasure, and apply the file to this one."
+            )
 
 
 def trained_keys(model, layers: str | None = None) -> dict[str, str]:
