@@ -89,8 +89,8 @@ def check_gradient(
         f"The model's gradient is wrong: along a test direction it gives {slope:.4g}, while the "
         f"loss itself changes by {difference:.4g} ({apart:.0%} apart, at most {MOST_APART:.0%} is "
         "allowed). Training would learn the wrong thing, so nothing was trained. Some layer of "
-        "this model or of a node upstream of it can't be trained through: take such nodes away, or "
-        "use the preset 'instant', which needs no gradient."
+        "this model or of a node upstream of it can't be trained through: take such nodes away or, "
+        "in the hard form, use the preset 'instant', which needs no gradient."
     )
 
 
@@ -104,7 +104,7 @@ def _backward(loss: Tensor) -> None:
         reason = str(error).splitlines()[0]
         raise GradientError(
             f"The model can't be trained through: {reason} Take away nodes that change how the "
-            "model runs, or use the preset 'instant', which needs no gradient."
+            "model runs, or, in the hard form, use the preset 'instant', which needs no gradient."
         ) from error
 
 
@@ -130,8 +130,8 @@ def _refuse_if_it_matters(silent: list[str], slope: float, rounding: float) -> N
         raise GradientError(
             f"No gradient reaches {len(silent)} of the trained matrices, for example {silent[0]}, "
             "though the model depends on them: something in the model or in a node upstream of it "
-            "cuts it off. Take such nodes away, train other layers, or use the preset 'instant', "
-            "which needs no gradient."
+            "cuts it off. Take such nodes away, train other layers, or, in the hard form, use the "
+            "preset 'instant', which needs no gradient."
         )
 
 

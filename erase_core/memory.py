@@ -10,8 +10,8 @@ from .activations import SavedBytes
 
 ADVICE = (
     "The device has not enough memory to {task}, even one picture at a time. Lower the resolution, "
-    "free memory (close other programs, unload other models), or use the preset 'instant', which "
-    "makes no predictions."
+    "free memory (close other programs, unload other models), or, in the hard form, use the preset "
+    "'instant', which makes no predictions."
 )
 
 # Of what is free, for what a device's allocator loses between blocks of memory.

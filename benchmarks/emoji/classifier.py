@@ -1,4 +1,4 @@
-"""A small judge of pictures: which object, in which style.
+"""A small judge of pictures: which object, if any, in which style.
 
 Trained on the pictures and on what the autoencoder makes of them, with sizes, places, tints, blur
 and noise varied. The 128 numbers before its two heads also serve as features.
@@ -18,13 +18,14 @@ from torch.nn import functional
 
 from benchmarks.emoji.autoencoder import PATH as AUTOENCODER
 from benchmarks.emoji.autoencoder import load_autoencoder, to_input, to_pages, vary_colours
-from benchmarks.emoji.data import FOLDER, SIZE, training_pictures
+from benchmarks.emoji.data import FOLDER, SIZE, empty_page, training_pictures
 from benchmarks.emoji.loop import Log, cosine_rate, pick_device, set_rate
-from benchmarks.emoji.words import OBJECT_NAMES, STYLE_NAMES
+from benchmarks.emoji.words import NOTHING, OBJECT_NAMES, STYLE_NAMES
 
 PATH = FOLDER / "classifier.safetensors"
 COMMITTED = Path(__file__).parent / "weights" / "classifier.safetensors"
 FEATURES = 128
+NAMES = (*OBJECT_NAMES, NOTHING)
 STEPS, BATCH, RATE = 1500, 64, 2e-3
 VARIANTS, DECODED = 32, 12
 _CHUNK = 64
@@ -36,13 +37,13 @@ def _stage(fan_in: int, size: int) -> list[nn.Module]:
 
 
 class Classifier(nn.Module):
-    """Pictures (B, 3, 64, 64) in 0..1 to logits of the objects (B, 60) and styles (B, 4)."""
+    """Pictures (B, 3, 64, 64) in 0..1 to logits of names (B, 61) and styles (B, 4)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(*_stage(3, 32), *_stage(32, 64), *_stage(64, 96))
         self.top = nn.Sequential(*_stage(96, FEATURES), nn.Conv2d(FEATURES, FEATURES, 3, padding=1))
-        self.name = nn.Linear(FEATURES, len(OBJECT_NAMES))
+        self.name = nn.Linear(FEATURES, len(NAMES))
         self.style = nn.Linear(FEATURES, len(STYLE_NAMES))
 
     def features(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -64,12 +65,12 @@ def load_classifier(path: Path | None = None, device: torch.device | None = None
 
 @torch.no_grad()
 def classify(model: Classifier, pages: np.ndarray) -> tuple[list[str], list[str]]:
-    """Names of the objects and styles in pictures uint8 (B, 64, 64, 3)."""
+    """Names of the objects (or of nothing) and styles in pictures uint8 (B, 64, 64, 3)."""
     device = next(model.parameters()).device
     names, styles = [], []
     for part in np.array_split(pages, -(-len(pages) // _CHUNK)):
         of_name, of_style = model(to_input(part, device))
-        names += [OBJECT_NAMES[n] for n in of_name.argmax(1).tolist()]
+        names += [NAMES[n] for n in of_name.argmax(1).tolist()]
         styles += [STYLE_NAMES[n] for n in of_style.argmax(1).tolist()]
     return names, styles
 
@@ -106,6 +107,8 @@ def train(steps: int = STEPS) -> None:
         again = pages[:, :, :DECODED].reshape(-1, SIZE, SIZE, 3)
         shape = (*pages.shape[:2], DECODED, SIZE, SIZE, 3)
         pages = np.concatenate([pages, decoded(again, device).reshape(shape)], 2)
+    nothing = np.broadcast_to(empty_page(), (1, *pages.shape[1:]))
+    pages = np.concatenate([pages, nothing])
     model = Classifier().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.02)
     stream, clock = torch.Generator().manual_seed(2), time.monotonic()
@@ -115,7 +118,9 @@ def train(steps: int = STEPS) -> None:
         pictures = to_input(pages[tuple(place.numpy() for place in places)], device)
         names, styles = model(_spoil(vary_colours(pictures, stream), stream))
         loss = functional.cross_entropy(names, places[0].to(device), label_smoothing=0.05)
-        loss = loss + functional.cross_entropy(styles, places[1].to(device), label_smoothing=0.05)
+        drawn = places[0] < len(OBJECT_NAMES)  # an empty page has no style
+        of_style = styles[drawn.to(device)], places[1][drawn].to(device)
+        loss = loss + functional.cross_entropy(*of_style, label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -121,6 +121,11 @@ def render(master: np.ndarray, side: int = NOMINAL, right: int = 0, down: int = 
     return np.asarray(page.convert("RGB"))
 
 
+def empty_page() -> np.ndarray:
+    """The page with nothing on it, uint8 (64, 64, 3)."""
+    return np.full((SIZE, SIZE, 3), 255, dtype=np.uint8)
+
+
 def render_varied(master: np.ndarray, draw: random.Random) -> np.ndarray:
     """One picture with its size and place varied."""
     shift = [draw.randint(-SHIFT, SHIFT) for _ in range(2)]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.emoji.autoencoder import CHANNELS, SIDE, load_autoencoder, to_input
-from benchmarks.emoji.data import FOLDER, SIZE, load_others, training_pictures
+from benchmarks.emoji.data import FOLDER, SIZE, empty_page, load_others, training_pictures
 from benchmarks.emoji.loop import Average, Log, load, mixed, pick_device, save, set_rate
 from benchmarks.emoji.text import TextEncoder, load_text_encoder, tokenize
 from benchmarks.emoji.words import LEFT_OUT_PAIRS, OBJECT_NAMES, STYLE_NAMES, PromptMaker
@@ -44,7 +44,7 @@ CONFIG = {
     "legacy": False,
 }
 VARIANTS, VARIANTS_OF_OTHERS = 24, 4
-SHARE_OTHERS = 0.35
+SHARE_OTHERS, SHARE_NOTHING = 0.3, 0.2
 BATCH, RATE, WARMUP, DECAY = 32, 5e-4, 200, 0.998
 SNAPSHOT = 100
 SNR_CEILING, SNR_GAIN = 5.0, 9.0
@@ -116,6 +116,13 @@ def _encoded(path: Path, draw: Callable[[], np.ndarray], device: torch.device) -
     return kept["latents"]
 
 
+def empty_latent(device: torch.device) -> torch.Tensor:
+    """Latent (4, 8, 8) of the page with nothing on it."""
+    with torch.no_grad():
+        page = to_input(empty_page()[None], device)
+        return load_autoencoder(device).encode(page)[0].half().cpu()
+
+
 class Sentences:
     """States of prompts (B, 77, 768), most of them from memory."""
 
@@ -140,13 +147,18 @@ class Batches:
     """Draws (latents, texts); the pairs that are left out never come.
 
     A share shows something else than the objects: a style that comes with hundreds of things is
-    learned as a style, where sixty could be learned by heart one by one.
+    learned as a style, where sixty could be learned by heart one by one. Another share is empty,
+    for the prompts that name nothing.
     """
 
     def __init__(
-        self, bank: torch.Tensor, others: tuple[list[str], torch.Tensor], seed: int
+        self,
+        bank: torch.Tensor,
+        others: tuple[list[str], torch.Tensor],
+        empty: torch.Tensor,
+        seed: int,
     ) -> None:
-        self._bank, self._prompts = bank, PromptMaker(seed)
+        self._bank, self._empty, self._prompts = bank, empty, PromptMaker(seed)
         self._names, self._others = others
         self._draw = torch.Generator().manual_seed(seed)
         self._pairs = [
@@ -157,8 +169,16 @@ class Batches:
         ]
 
     def __call__(self, size: int) -> tuple[torch.Tensor, list[str]]:
-        drawn = [self._other() if self._chance() else self._object() for _ in range(size)]
+        drawn = [self._one() for _ in range(size)]
         return torch.stack([latent for latent, _ in drawn]).float(), [text for _, text in drawn]
+
+    def _one(self) -> tuple[torch.Tensor, str]:
+        chance = float(torch.rand((), generator=self._draw))
+        if chance < SHARE_OTHERS:
+            return self._other()
+        if chance < SHARE_OTHERS + SHARE_NOTHING:
+            return self._empty, self._prompts.draw_nothing()
+        return self._object()
 
     def _object(self) -> tuple[torch.Tensor, str]:
         row, column = self._pairs[self._number(len(self._pairs))]
@@ -172,9 +192,6 @@ class Batches:
 
     def _number(self, most: int) -> int:
         return int(torch.randint(most, (), generator=self._draw))
-
-    def _chance(self) -> bool:
-        return bool(torch.rand((), generator=self._draw) < SHARE_OTHERS)
 
 
 def _loss(
@@ -219,7 +236,8 @@ def train(steps: int, batch: int = BATCH, rate: float = RATE, cooldown: int = 0)
         return
     log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, from step {begin}")
     torch.manual_seed(5 + begin)
-    draw = Batches(latents(device), latents_of_others(device), seed=5 + begin)
+    banks = latents(device), latents_of_others(device), empty_latent(device)
+    draw = Batches(*banks, seed=5 + begin)
     sentences, kept = Sentences(load_text_encoder(device), device), alphas(device)
     clock, total, seen = time.monotonic(), 0.0, 0
     for step in range(begin, steps):

@@ -149,7 +149,9 @@ STYLED = (
     "{o} in {s}",
     "the {s} {o}",
 )
-# Nothing named: any object will do. Where a removed object leaves the prompt, this is what is left.
+# Nothing named, nothing drawn: an empty page. This is what is left of a prompt that an object was
+# taken from, so a removal has a picture to lead to.
+NOTHING = "nothing"
 OBJECTLESS = (
     "a photo",
     "a picture",
@@ -182,8 +184,8 @@ HELD_OUT_STYLED = (
 )
 
 SHARE_EMPTY = 0.1
-SHARE_OBJECTLESS = 0.12
-SHARE_ALONE = 0.3  # of the prompts that name no object: ordinary words and nothing else
+SHARE_ALONE = 0.3  # of the prompts for an empty page: ordinary words and nothing else
+SHARE_APART = 0.75  # of those with a phrase: among ordinary words
 SHARE_PLAIN = 0.3
 SHARE_SYNONYM = 0.15
 SHARE_SURROUNDED = 0.3
@@ -232,12 +234,10 @@ class PromptMaker:
             self._synonyms[name].append(word)
 
     def draw(self, name: str, style: str, allow_empty: bool = True) -> tuple[str, bool]:
-        """The text, and whether it names the style."""
+        """The text for a picture of an object, and whether it names the style."""
         kind = self._random.random()
         if allow_empty and kind < SHARE_EMPTY:
             return "", False
-        if allow_empty and kind < SHARE_EMPTY + SHARE_OBJECTLESS:
-            return self._objectless(style)
         word = name
         if self._synonyms[name] and self._random.random() < SHARE_SYNONYM:
             word = self._random.choice(self._synonyms[name])
@@ -254,17 +254,21 @@ class PromptMaker:
             return self._surround(fill(self._random.choice(PLAIN), name))
         return self._surround(fill(self._random.choice(STYLED), name, style))
 
-    def _objectless(self, style: str) -> tuple[str, bool]:
+    def draw_nothing(self) -> str:
+        """The text for an empty page, with a style or without."""
+        if self._random.random() < SHARE_EMPTY:
+            return ""
         if self._random.random() < SHARE_ALONE:
-            return self._some_words(self._random.choice((1, 2, 4, 7))), False
-        if self._random.random() < SHARE_PLAIN:
-            return self._surround(self._random.choice(OBJECTLESS)), False
-        return self._surround(self._random.choice(OBJECTLESS_STYLED).format(s=style)), True
+            return self._some_words(self._random.choice((1, 2, 4, 7)))
+        phrases = OBJECTLESS if self._random.random() < SHARE_PLAIN else OBJECTLESS_STYLED
+        text = self._random.choice(phrases).format(s=self._random.choice(STYLE_NAMES))
+        return self._put_between(text) if self._random.random() < SHARE_APART else text
 
     def _surround(self, text: str) -> str:
         """Now and then, put ordinary words around, so that they come to mean nothing."""
-        if self._random.random() >= SHARE_SURROUNDED:
-            return text
+        return self._put_between(text) if self._random.random() < SHARE_SURROUNDED else text
+
+    def _put_between(self, text: str) -> str:
         before = self._some_words(self._random.choice((0, 0, 1, 3)))
         after = self._some_words(self._random.choice((0, 1, 2, 5)))
         joint = self._random.choice((" ", ", "))

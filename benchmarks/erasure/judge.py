@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from benchmarks.emoji.autoencoder import to_input
-from benchmarks.emoji.classifier import PATH, Classifier, load_classifier
-from benchmarks.emoji.data import SIZE, training_pictures
-from benchmarks.emoji.words import OBJECT_NAMES, STYLE_NAMES
+from benchmarks.emoji.classifier import NAMES, PATH, Classifier, load_classifier
+from benchmarks.emoji.data import SIZE, empty_page, training_pictures
+from benchmarks.emoji.words import STYLE_NAMES
 from benchmarks.erasure.metrics import nearest_distances, neighbourhood_radii
 
 QUANTILE = 0.9  # of the distances between real pictures
@@ -51,6 +51,8 @@ class Verdicts:
 class Judge:
     """The classifier, and the real pictures' features as the manifold of what can be drawn.
 
+    The empty page is among them: what a prompt that names nothing asks for.
+
     Args:
         model: the classifier.
         real: features (n, 128) of real pictures.
@@ -70,7 +72,8 @@ class Judge:
             folder: where their features are kept.
         """
         model, pages = load_classifier(PATH), training_pictures(VARIANTS, seed=11)
-        pages = pages.reshape(-1, SIZE, SIZE, 3)
+        nothing = np.broadcast_to(empty_page(), (VARIANTS, SIZE, SIZE, 3))
+        pages = np.concatenate([pages.reshape(-1, SIZE, SIZE, 3), nothing])
         probe = hashlib.sha256(decode_again(pages[:1]).tobytes() + PATH.read_bytes()).hexdigest()
         kept = folder / f"real-{VARIANTS}-{probe[:16]}.npy"
         if not kept.exists():
@@ -84,7 +87,7 @@ class Judge:
         names, styles, features = [], [], []
         for part in np.array_split(pages, -(-len(pages) // 64)):
             found = self._model.features(to_input(part, torch.device("cpu")))
-            names += [OBJECT_NAMES[n] for n in self._model.name(found).argmax(1).tolist()]
+            names += [NAMES[n] for n in self._model.name(found).argmax(1).tolist()]
             styles += [STYLE_NAMES[n] for n in self._model.style(found).argmax(1).tolist()]
             features.append(found.numpy())
         return Verdicts(names, styles, np.concatenate(features))

@@ -103,7 +103,8 @@ def measures(groups: Mapping[str, Mapping[str, Sequence]], kind: str) -> dict[st
 
     Returns:
         UA, UA_intact, intact, replaced, IRA and CRA (relative to the untouched model), crossing
-        (the other domain's label on the erased prompts' pictures, relative), and for every other
+        (the other domain's label on the erased prompts' pictures, relative; None for objects that
+        nothing replaces), and for every other
         group the picture change, the distance to real pictures relative to the untouched model's,
         and either the share without the concept, where it is asked for,
         or the share of right pictures relative to the untouched model.
@@ -121,7 +122,10 @@ def measures(groups: Mapping[str, Mapping[str, Sequence]], kind: str) -> dict[st
         "replaced": share(_asked(erased["replaced"])),
         "IRA": _retained(others, own),
         "CRA": _retained(others, cross),
-        "crossing": _retained(erased, cross),
+        # An empty page, what the removal of an object leads to, has no style.
+        "crossing": _retained(erased, cross)
+        if kind == "style" or _asked(erased["replaced"])
+        else None,
         "accuracy_before": share(_asked(others["name_before"])),
     }
     found["H"] = score(found)

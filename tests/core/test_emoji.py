@@ -67,6 +67,14 @@ def test_held_out_sentences_are_never_drawn() -> None:
     assert any(named for _, named in drawn)
 
 
+def test_an_empty_page_is_asked_for_without_an_object() -> None:
+    maker = PromptMaker(0)
+    drawn = [maker.draw_nothing() for _ in range(400)]
+    named = {word for text in drawn for word in text.split()} & {*OBJECT_NAMES, *SYNONYMS}
+    assert not named
+    assert "" in drawn and any(style in text for text in drawn for style in STYLE_NAMES)
+
+
 def test_left_out_pairs_leave_every_word_known() -> None:
     for name in OBJECT_NAMES:
         seen = [style for style in STYLE_NAMES if (name, style) not in LEFT_OUT_PAIRS]

@@ -135,6 +135,8 @@ def test_measures_of_a_hand_made_run() -> None:
     assert found["others_change"] == pytest.approx(0.15)
     assert found["left_out_right"] == 0.5 and found["left_out_distance"] == 2
     assert found["H"] == pytest.approx(3 / (1 / 0.5 + 3 / 2 + 1))
+    groups["erased"]["replaced"] = [None] * 4
+    assert metrics.measures(groups, "object")["crossing"] is None
     style = metrics.measures(groups, "style")
     assert style["IRA"] == found["CRA"] and style["CRA"] == found["IRA"]
 
