@@ -9,6 +9,7 @@ from torch import Tensor
 
 TENSORS = 8
 SAME_WITHIN = 0.02
+PACKED_WITHIN = 0.3  # of weights packed into 2 to 8 bits; two models differ by 1 and more
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> list[float]:
@@ -26,10 +27,12 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> list[float]:
     return [round(_projection(tensors[name]), 4) for name in chosen]
 
 
-def same_fingerprint(one: Sequence[float], other: Sequence[float]) -> bool:
+def same_fingerprint(
+    one: Sequence[float], other: Sequence[float], within: float = SAME_WITHIN
+) -> bool:
     """Whether two fingerprints are of the same weights up to rounding."""
     return len(one) == len(other) and all(
-        abs(a - b) <= SAME_WITHIN for a, b in zip(one, other, strict=True)
+        abs(a - b) <= within for a, b in zip(one, other, strict=True)
     )
 
 

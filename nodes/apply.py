@@ -8,11 +8,18 @@ import comfy.lora
 from comfy_api.v0_0_2 import io
 
 from ..erase_core import Erasure
-from ..erase_core.fingerprint import fingerprint, same_fingerprint
+from ..erase_core.fingerprint import PACKED_WITHIN, SAME_WITHIN, fingerprint, same_fingerprint
 from ..erase_core.formats import kohya_tensors
 from ..erase_core.measure import key_value_drift
 from .exact import add_side_path
-from .host import base_fingerprint, encode_prompts, known_matrices, kohya_keys, original_weights
+from .host import (
+    base_fingerprint,
+    encode_prompts,
+    has_packed_weights,
+    known_matrices,
+    kohya_keys,
+    original_weights,
+)
 from .messages import show_progress_text, upstream_file, warn
 from .schema import CATEGORY, ErasureType, compatible
 from .stack import (
@@ -137,7 +144,8 @@ def mismatches(model, erasure: Erasure, clip, name: str) -> list[str]:
     """Warnings when the erasure was made on another base or with another text encoder."""
     warnings = []
     base = erasure.record["base"]
-    if not same_fingerprint(base["fingerprint"], base_fingerprint(model)):
+    within = PACKED_WITHIN if has_packed_weights(model) else SAME_WITHIN
+    if not same_fingerprint(base["fingerprint"], base_fingerprint(model), within):
         warnings.append(
             f"The erasure of {erasure.concept!r} was made on {base['name'] or 'another model'}, "
             f"this model is {name or 'a different one'}. It may erase less and change more."

@@ -39,6 +39,7 @@ from .families import (
 )
 from .identity import model_identity
 from .inplace import OutOfPlace
+from .packed import as_numbers, is_packed, like, unpatched
 
 STREAM_IDS = 1_000_000  # more than any tokenizer has
 # A training step keeps activations that inference frees; the host moves other models out of the
@@ -232,13 +233,11 @@ class ComfyDenoiser:
         """See :class:`erase_core.denoiser.Denoiser`.
 
         Raises:
-            UnsupportedModelError: weights in a format that the host can't give as numbers.
+            UnsupportedModelError: packed in a format that their layers can't give as numbers.
         """
         weights = {
-            name: dequantised(module, module.weight.detach())
-            for name, module in self._modules.items()
+            name: as_numbers(module, module.weight) for name, module in self._modules.items()
         }
-        _refuse_if_packed(weights)
         names = {key: name for name, key in self._keys.items()}
         # Erasures beside the weights are part of what is trained on, like merged ones.
         for path in itertools.chain(*side_paths(self._model).values()):
@@ -291,28 +290,17 @@ def kohya_keys(model) -> dict[str, str]:
 
 def original_weights(model, keys: Mapping[str, str]) -> dict[str, Tensor]:
     """The unpatched weights behind host keys, by name; loaded patches are looked through."""
-    weights, found = model.model.state_dict(), {}
+    found = {}
     for name, key in keys.items():
-        weight = model.backup[key].weight if key in model.backup else weights[key]
-        found[name] = dequantised(model.model.get_submodule(key.removesuffix(".weight")), weight)
+        module = model.model.get_submodule(key.removesuffix(".weight"))
+        weight = model.backup[key].weight if key in model.backup else module.weight
+        found[name] = as_numbers(module, unpatched(weight))
     return found
 
 
-def dequantised(module: nn.Module, weight: Tensor) -> Tensor:
-    """A layer's weight as the numbers it stands for: scaled fp8 is kept without its scale."""
-    convert = getattr(module, "convert_weight", None)
-    return weight if convert is None else convert(weight, inplace=False)
-
-
-def _refuse_if_packed(weights: Mapping[str, Tensor]) -> None:
-    for name, weight in weights.items():
-        if not weight.is_floating_point():
-            raise UnsupportedModelError(
-                f"This model keeps its weights packed ({type(weight).__name__} of {weight.dtype}, "
-                f"for example {name}), as GGUF files do, and an erasure is computed from the "
-                "numbers themselves. Train on the same model in fp16, bf16 or fp8, save the "
-                "erasure, and apply the file to this one."
-            )
+def has_packed_weights(model) -> bool:
+    """Whether some of the network's weights are kept as packed bytes, as GGUF files do."""
+    return any(is_packed(weight) for weight in model.model.diffusion_model.parameters())
 
 
 def trained_keys(model, layers: str | None = None) -> dict[str, str]:
@@ -447,7 +435,10 @@ def twin_of(model) -> nn.Module:
 
 def _over_same_storage(tensor: Tensor) -> Tensor:
     alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    size = Tensor.size(tensor)  # a packed tensor's shape is that of the numbers in it
+    alias.set_(tensor.untyped_storage(), tensor.storage_offset(), size, tensor.stride())
+    if type(tensor) not in (Tensor, nn.Parameter):
+        alias = like(alias, tensor)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(alias, requires_grad=False)
     return alias

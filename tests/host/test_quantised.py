@@ -6,14 +6,17 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
+from concept_surgery.nodes.apply import MODES, apply_erasure, mismatches
 from concept_surgery.nodes.families import UnsupportedModelError
-from concept_surgery.nodes.host import ComfyDenoiser, known_matrices
+from concept_surgery.nodes.host import ComfyDenoiser, encode_prompts, known_matrices
+from concept_surgery.nodes.packed import is_packed
 
+from . import fake_gguf
 from .small import random_text_encoder
-from .test_families import train
+from .test_families import KEPT, sampled_x0, train
 
 PREFIX, SCALE = "model.diffusion_model.", 0.01
-FP8 = torch.float8_e4m3fn
+FP8, FLOAT = torch.float8_e4m3fn, torch.float32
 
 
 def unet_tensors(checkpoint):
@@ -55,7 +58,73 @@ def test_scaled_fp8_is_read_with_its_scale_and_trained_on(checkpoint):
     assert measures["moved_held_out"]["overall"] >= 0.8
 
 
-def test_packed_weights_are_refused_in_words(checkpoint):
+class Packed:
+    """A packed model, an ordinary one of the numbers that it stands for, and their text encoder."""
+
+    def __init__(self, checkpoint, load):
+        tensors = unet_tensors(checkpoint)
+        with torch.inference_mode():
+            self.model = load(tensors)
+            layers = self.model.model.diffusion_model.named_modules()
+            packed = {n: m for n, m in layers if is_packed(getattr(m, "weight", None))}
+            unpacked = {f"{n}.weight": m.get_weight(m.weight, FLOAT) for n, m in packed.items()}
+        assert len(unpacked) >= 8
+        self.plain, self.clip = loaded({**tensors, **unpacked})
+
+
+@pytest.fixture(params=["fake", "Q8_0", "Q4_0"])
+def packed(request, checkpoint, tmp_path):
+    if request.param == "fake":
+        names = "attn2.to_k.weight", "attn2.to_v.weight"
+        return Packed(checkpoint, lambda tensors: fake_gguf.load(tensors, names))
+    real = pytest.importorskip(f"{__package__}.real_gguf", exc_type=ImportError)
+    return Packed(checkpoint, lambda tensors: real.load(tensors, request.param, tmp_path))
+
+
+def test_an_erasure_is_applied_to_a_packed_model(packed):
+    erasure = train(packed.plain, packed.clip)
+    assert mismatches(packed.model, erasure, packed.clip, "packed") == []
+    prompts = encode_prompts(packed.clip, ["a photo of a cat", KEPT, ""])
+    before = [sampled_x0(packed.model, prompt, 3.0) for prompt in prompts]
+    expected = change(packed.plain, erasure, prompts[0])
+    for mode in MODES:
+        edited = apply_erasure(packed.model, erasure, 1.0, mode)
+        after = [sampled_x0(edited, prompt, 3.0) for prompt in prompts]
+        moved = after[0] - before[0]
+        assert (moved - expected).norm() <= 1e-3 * expected.norm(), mode
+        for was, now in zip(before[1:], after[1:], strict=True):
+            assert (now - was).norm() <= 1e-5 * was.norm(), mode
+    untouched = [sampled_x0(packed.model, prompt, 3.0) for prompt in prompts]
+    assert all(torch.equal(a, b) for a, b in zip(before, untouched, strict=True))
+
+
+def test_a_packed_model_is_trained_on_as_it_is(packed):
+    weights = packed.model.model.diffusion_model.parameters
+    stored = [w.as_subclass(torch.Tensor).clone() for w in weights()]
+    erasure = train(packed.model, packed.clip)
+    measures = erasure.record["measures"]
+    assert measures["moved_held_out"]["overall"] >= 0.8
+    assert measures["kept"][0]["drift"] <= 1e-5
+    now = [w.as_subclass(torch.Tensor) for w in weights()]
+    assert all(torch.equal(a, b) for a, b in zip(stored, now, strict=True))
+    # Over another erasure, whose change is part of the weights that are read.
+    first = apply_erasure(packed.model, erasure, 1.0)
+    with torch.inference_mode(False), ComfyDenoiser(first, packed.clip, "", 2, 64) as denoiser:
+        carried = denoiser.matrices()
+    own = known_matrices(first)
+    for name, factor in erasure.factors.items():
+        delta = factor @ erasure.bases[name].T
+        error = (carried[name] - own[name] - delta).abs().max()
+        assert error <= 1e-5 * own[name].abs().max(), name
+
+
+def change(model, erasure, prompt):
+    """What an erasure does to a prediction."""
+    edited = apply_erasure(model, erasure, 1.0)
+    return sampled_x0(edited, prompt, 3.0) - sampled_x0(model, prompt, 3.0)
+
+
+def test_weights_packed_in_an_unknown_way_are_refused_in_words(checkpoint):
     model, clip = loaded(unet_tensors(checkpoint))
     with torch.inference_mode(False), ComfyDenoiser(model, clip, "", 2, 64) as denoiser:
         module = next(iter(denoiser._modules.values()))
