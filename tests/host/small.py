@@ -6,12 +6,15 @@ the host's with fewer layers and random weights, SD3 and Flux are built from a c
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
 import torch
+from comfy.ldm.chroma.model import ChromaParams
+from comfy.ldm.flux.model import FluxParams
 
 from tools.checkpoint import build_checkpoint
 from tools.environment import BUILD
@@ -55,7 +58,7 @@ def built_model(architecture: str):
     config_class, unet = _TRANSFORMERS[architecture]
     cpu = torch.device("cpu")
     with torch.inference_mode():
-        config = config_class(dict(unet))
+        config = config_class(_known_here(architecture, unet))
         config.set_inference_dtype(torch.float32, None)
         model = comfy.model_patcher.ModelPatcher(config.get_model({}, "", device=cpu), cpu, cpu)
         generator = torch.Generator().manual_seed(0)
@@ -67,6 +70,14 @@ def built_model(architecture: str):
             else:  # the biases of the modulation open its gates
                 weight.copy_(1 + 0.1 * noise if "norm" in name else 0.3 * noise)
         return model, random_text_encoder(comfy.supported_models.SD15({}))
+
+
+def _known_here(architecture: str, unet: dict) -> dict:
+    """The configuration with what newer hosts want to be told besides."""
+    wanted = {"flux": FluxParams, "chroma": ChromaParams}.get(architecture)
+    names = {field.name for field in dataclasses.fields(wanted)} if wanted else set()
+    newer = {"txt_ids_dims": [], "vec_in_dim": None}
+    return {**{name: value for name, value in newer.items() if name in names}, **unet}
 
 
 def _gain(architecture: str, name: str) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
@@ -179,7 +181,7 @@ def test_what_takes_more_than_a_prompt_is_refused_by_name(small):
     with pytest.raises(UnsupportedModelError, match="text encoder also gives it conditioning_lla"):
         ComfyDenoiser(model, TwoEncoders(clip), "", 6, 64)
     sound = model.clone()
-    sound.model = comfy.model_patcher.copy.copy(model.model)
+    sound.model = copy.copy(model.model)
     sound.model.latent_format = comfy.supported_models.StableAudio.latent_format()
     with pytest.raises(UnsupportedModelError, match="latents have 1 dimensions"):
         trainable_family(sound)
