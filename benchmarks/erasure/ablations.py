@@ -9,9 +9,12 @@ into the presets without touching what is reported.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from concept_surgery.erase_core.prompts import TEMPLATES
 
 from benchmarks.erasure.cases import TUNED, Case
 from benchmarks.erasure.methods import ours
@@ -23,6 +26,8 @@ BASE = ours.BALANCED
 SOFT = {"form": "soft"}
 # Of our own kind, without those that the questions use.
 FEW_TEMPLATES = ("{}", "a photo of a {} => a photo")
+# A prompt for nothing in place of the same prompt without the concept; an empty one can't be given.
+NEXT_TO_NOTHING = tuple(f"{template.text} => ," for template in TEMPLATES["object"])
 
 FACTORS: dict[str, Sequence[Mapping[str, Any]]] = {
     "protection": [{"protection": p} for p in (0.0, 0.03, 0.3, 3.0, 30.0)],
@@ -36,6 +41,7 @@ FACTORS: dict[str, Sequence[Mapping[str, Any]]] = {
     "steps": [{"steps": steps} for steps in (0, 12, 24, 96, 192)],
     "start": [{"warm_start": False}, {"warm_start": False, "steps": 192, "learning_rate": 0.02}],
     "templates": [{"templates": FEW_TEMPLATES}, {"templates": ("{}",)}],
+    "target": [{"templates": NEXT_TO_NOTHING}],
     "stop": [{"stop_below": 0.1, "steps": 192}],
     "guidance scale": [{"guidance_scale": scale} for scale in (1.0, 2.0, 8.0)],
     "captions": [{"captions": count} for count in (50, 200)],
@@ -43,8 +49,16 @@ FACTORS: dict[str, Sequence[Mapping[str, Any]]] = {
     "drift weight": [{**SOFT, "drift_weight": weight} for weight in (0.0, 10.0)],
     "layers": [{**SOFT, "layers": layers} for layers in ("cross-attention", "transformer")],
 }
-# What takes the place of the concept: a relative, something else, or nothing.
-INSTEAD = ("fox => wolf", "fox => umbrella", "fox", "clay => cartoon", "clay")
+# What is asked for instead of how: the same settings throughout.
+CASES: dict[str, Sequence[Case]] = {
+    # What takes the place of the concept: a relative, something else, or nothing.
+    "instead": [
+        Case(text, "style" if "clay" in text else "object")
+        for text in ("fox => wolf", "fox => umbrella", "fox", "clay => cartoon", "clay")
+    ],
+    "no keep prompts": [dataclasses.replace(case, keeps=False) for case in TUNED],
+}
+LONGEST_LABEL = 60
 
 
 def variants(factor: str, base: Method = BASE) -> list[Method]:
@@ -65,7 +79,7 @@ def _on_layers(method: Method, layers: str) -> Method:
 
 
 def _label(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+    return ", ".join(f"{name} {value}" for name, value in values.items())[:LONGEST_LABEL]
 
 
 def main() -> None:
@@ -75,7 +89,7 @@ def main() -> None:
     from benchmarks.erasure.run import checkpoint, find_cases, run_all
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("factors", nargs="*", default=list(FACTORS))
+    parser.add_argument("factors", nargs="*", default=[*FACTORS, *CASES])
     parser.add_argument("--cases", nargs="*", help="names of cases")
     parser.add_argument("--checkpoint", type=Path, default=None)
     parser.add_argument("--results", type=Path, default=LINES)
@@ -86,10 +100,10 @@ def main() -> None:
     bench = Bench(asked.checkpoint or checkpoint(), Cache(asked.results), asked.steps)
     cases: Sequence[Case] = find_cases(asked.cases) if asked.cases else TUNED
     for factor in asked.factors:
-        run_all(bench, cases, variants(factor, base), [0])
-    if not asked.cases:
-        instead = [Case(text, "style" if "clay" in text else "object") for text in INSTEAD]
-        run_all(bench, instead, [BASE], [0])
+        if factor in CASES:
+            run_all(bench, CASES[factor], [base], [0])
+        else:
+            run_all(bench, cases, variants(factor, base), [0])
 
 
 if __name__ == "__main__":

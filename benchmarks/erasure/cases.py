@@ -85,10 +85,12 @@ class Case:
     Attributes:
         text: as a user types it, a concept a line.
         kind: "object" or "style".
+        keeps: whether the run is given the keep prompts; the questions are the same without.
     """
 
     text: str
     kind: str
+    keeps: bool = True
 
     @property
     def name(self) -> str:
@@ -118,7 +120,7 @@ class Case:
     @property
     def keep(self) -> tuple[str, ...]:
         """The keep prompts, at most four."""
-        return tuple(fill(KEPT, name) for name in self.kept)
+        return tuple(fill(KEPT, name) for name in self.kept) if self.keeps else ()
 
     @cached_property
     def _spoken(self) -> set[str]:
