@@ -27,7 +27,7 @@ SOFT = {"form": "soft"}
 # Of our own kind, without those that the questions use.
 FEW_TEMPLATES = ("{}", "a photo of a {} => a photo")
 # A prompt for nothing in place of the same prompt without the concept; an empty one can't be given.
-NEXT_TO_NOTHING = tuple(f"{template.text} => ," for template in TEMPLATES["object"])
+NEXT_TO_NOTHING = tuple(f"{t.text.replace('{a}', 'a {}')} => ," for t in TEMPLATES["object"])
 
 FACTORS: dict[str, Sequence[Mapping[str, Any]]] = {
     "protection": [{"protection": p} for p in (0.0, 0.03, 0.3, 3.0, 30.0)],
