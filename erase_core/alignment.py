@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from itertools import groupby
+
+# Where the rows of several text encoders follow one another, the ids of the n-th are raised by n
+# times this, more than any tokenizer has: so they share none.
+STREAM_IDS = 1_000_000
 
 
 def align_tokens(erased: Sequence[int], alternative: Sequence[int]) -> list[int]:
@@ -11,14 +16,28 @@ def align_tokens(erased: Sequence[int], alternative: Sequence[int]) -> list[int]
 
     Equal words stand for each other; the last token of a replaced part for the last of its
     replacement, and so on backwards; a part that is left out becomes the end of the prompt; end
-    and padding tokens stand for their own kind at the same distance from the last word.
+    and padding tokens stand for their own kind at the same distance from the last word. Each text
+    encoder's tokens have their counterparts among its own.
 
     Args:
-        erased, alternative: token ids with start, end and padding tokens.
+        erased, alternative: token ids with start, end and padding tokens; of several encoders with
+            :data:`STREAM_IDS`.
 
     Returns:
         Positions in ``alternative``, one for each token of ``erased``.
     """
+    roles, begin = [], 0
+    for own, other in zip(_streams(erased), _streams(alternative), strict=True):
+        roles += [begin + role for role in _align(own, other)]
+        begin += len(other)
+    return roles
+
+
+def _streams(ids: Sequence[int]) -> list[list[int]]:
+    return [list(part) for _, part in groupby(ids, lambda token: token // STREAM_IDS)]
+
+
+def _align(erased: Sequence[int], alternative: Sequence[int]) -> list[int]:
     end, other_end = _content_length(erased), _content_length(alternative)
     roles = [0] * len(erased)
     matcher = SequenceMatcher(None, erased[:end], alternative[:other_end], autojunk=False)

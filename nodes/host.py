@@ -17,6 +17,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
 from ..erase_core.activations import BlockRun
+from ..erase_core.alignment import STREAM_IDS
 from ..erase_core.denoiser import (
     Encoded,
     LowRankEdit,
@@ -41,7 +42,6 @@ from .identity import model_identity
 from .inplace import OutOfPlace
 from .packed import as_numbers, is_packed, like, unpatched
 
-STREAM_IDS = 1_000_000  # more than any tokenizer has
 # A training step keeps activations that inference frees; the host moves other models out of the
 # way for this many times what it would reserve for sampling.
 TRAINING_MEMORY_FACTOR = 3

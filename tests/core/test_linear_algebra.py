@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from concept_surgery.erase_core.alignment import align_tokens
+from concept_surgery.erase_core.alignment import STREAM_IDS, align_tokens
 from concept_surgery.erase_core.closed_form import (
     FLOOR,
     MOST_COLUMNS,
@@ -359,6 +359,14 @@ START, END = 1, 2
 )
 def test_tokens_are_aligned_by_role(erased, alternative, expected):
     assert align_tokens(erased, alternative) == expected
+
+
+def test_the_tokens_of_each_encoder_are_aligned_among_themselves():
+    """What is left out becomes the end of its own encoder's prompt, not of the other's."""
+    raised = [STREAM_IDS + token for token in (7, 3, 2, 0, 0)], [STREAM_IDS + 7, STREAM_IDS + 2]
+    erased = [START, 5, 6, END, END, *raised[0]]
+    alternative = [START, 6, END, END, *raised[1], *[STREAM_IDS] * 3]
+    assert align_tokens(erased, alternative) == [0, 2, 1, 2, 3, 4, 6, 5, 6, 7]
 
 
 def test_a_moment_of_few_captions_that_was_rounded_still_gives_a_solution():
