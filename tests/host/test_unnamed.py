@@ -1,0 +1,72 @@
+"""The soft form on families of transformers, beside a text encoder that has meaning in it.
+
+Random text encoders give prompts that are alike in everything but their words, and a caption then
+moves with whatever is erased. The emoji model's encoder was trained: related words are near, and
+unrelated ones aren't. The networks are the shrunken ones with random weights.
+"""
+
+from __future__ import annotations
+
+import comfy.sd
+import pytest
+import torch
+from concept_surgery.erase_core import erase, preset_settings
+from concept_surgery.nodes.apply import apply_erasure
+from concept_surgery.nodes.host import ComfyDenoiser, encode_prompts, model_family
+from concept_surgery.nodes.store import LanguageStore
+
+from benchmarks.emoji.build import WEIGHTS, build_emoji_checkpoint
+from tools.environment import BUILD
+
+from .small import built_model
+from .test_families import sampled_x0
+
+KEPT = "a photo of a rabbit"
+ERASED = ("a photo of a cat", "a cat sleeping", "a drawing of a cat in a garden")
+SIGMAS = (0.3, 0.6, 0.9)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    with torch.inference_mode():
+        path = build_emoji_checkpoint(BUILD / "checkpoints" / "emoji.safetensors", WEIGHTS)
+        return comfy.sd.load_checkpoint_guess_config(str(path), output_model=False)[1]
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    return LanguageStore(tmp_path_factory.mktemp("language"))
+
+
+@pytest.mark.parametrize("architecture", ["sd3", "flux"])
+def test_what_nobody_named_moves_a_twentieth_of_what_is_erased(architecture, clip, language):
+    model, _ = built_model(architecture)
+    family = model_family(model)
+    settings = preset_settings(
+        "balanced",
+        family=family.defaults,
+        **{"concepts": "cat => dog", "keep": (KEPT,), "form": "soft", "resolution": 64},
+        **{"captions": 150, "trajectories": 6, "sampling_steps": 5, "steps": 40},
+    )
+    with torch.inference_mode(False), torch.enable_grad():
+        with ComfyDenoiser(model, clip, "", 6, 64, settings.layers) as denoiser:
+            *_, last = erase(settings, denoiser, language)
+    measures = last.erasure.record["measures"]
+    assert measures["moved_held_out"]["overall"] >= 0.9
+    edited = apply_erasure(model, last.erasure, 1.0)
+
+    def squared_change(text):
+        prompt = encode_prompts(clip, [text], pooled=family.pooled)[0]
+        found = []
+        for sigma in SIGMAS:
+            before, after = (sampled_x0(m, prompt, sigma) for m in (model, edited))
+            found.append(float((after - before).norm() / before.norm()) ** 2)
+        return sum(found) / len(found)
+
+    def mean(texts):
+        return sum(map(squared_change, texts)) / len(texts)
+
+    most = mean(ERASED) / 20
+    assert mean([prompt["text"] for prompt in measures["unnamed"]]) <= most
+    assert squared_change(KEPT) <= most
+    assert squared_change("") <= most
