@@ -8,7 +8,7 @@ from itertools import groupby
 
 # Where the rows of several text encoders follow one another, the ids of the n-th are raised by n
 # times this, more than any tokenizer has: so they share none.
-STREAM_IDS = 1_000_000
+STREAM_IDS = 1_000_000_000
 
 
 def align_tokens(erased: Sequence[int], alternative: Sequence[int]) -> list[int]:

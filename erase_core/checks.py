@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,9 +57,16 @@ class Checks:
         self._batch = 3 * settings.batch  # what the pool was sampled with fits the device
 
     def run(
-        self, edit: LowRankEdit, exact: ExactSet, held_out: States | None, unnamed: Sequence[str]
+        self,
+        edit: LowRankEdit,
+        exact: ExactSet,
+        held_out: States | None,
+        unnamed: Mapping[str, Encoded],
     ) -> Iterator[str]:
         """Everything the report says; a generator that yields what it is doing.
+
+        Args:
+            unnamed: prompts that the run doesn't name, by text.
 
         Without sampled states the drifts are those of keys and values, which need no prediction,
         and nothing is said about predictions.
@@ -118,7 +125,11 @@ class Checks:
         return (yield from _saying(leak, "Checking the pooled vector"))
 
     def _drifts(
-        self, edit: LowRankEdit, checked: States | None, exact: ExactSet, unnamed: Sequence[str]
+        self,
+        edit: LowRankEdit,
+        checked: States | None,
+        exact: ExactSet,
+        unnamed: Mapping[str, Encoded],
     ) -> Iterator[str]:
         prompts, settings = self._prompts, self._settings
 
@@ -131,7 +142,7 @@ class Checks:
         zeroed = yield from drift([prompts.null.zeroed()])
         kept = yield from drift([prompt for _, prompt in prompts.keep])
         negatives = yield from drift(prompts.negatives)
-        others = yield from drift(self._denoiser.encode(unnamed))
+        others = yield from drift(list(unnamed.values()))
         return {
             "drift_of": KEYS_AND_VALUES if checked is None else PREDICTION,
             "null_drift": max(null),
@@ -214,5 +225,5 @@ def _saying(stage: Iterator, text: str) -> Iterator[str]:
         yield text
 
 
-def _with_texts(prompts: Sequence[str], changes: Sequence[float]) -> list[dict[str, Any]]:
+def _with_texts(prompts: Iterable[str], changes: Sequence[float]) -> list[dict[str, Any]]:
     return [{"text": text, "drift": change} for text, change in zip(prompts, changes, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import lcm
@@ -83,6 +83,7 @@ class Denoiser(Protocol):
             when it is loaded another time, another one when anything that training sees differs.
         device: where predictions run.
         dtype: the precision they are computed in.
+        names: of the matrices that :meth:`matrices` gives; known before anything is loaded.
     """
 
     family: str
@@ -90,6 +91,7 @@ class Denoiser(Protocol):
     identity: str
     device: torch.device
     dtype: torch.dtype
+    names: Collection[str]
 
     def encode(self, prompts: Sequence[str], together: bool = False) -> list[Encoded]:
         """The embeddings of each prompt.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,8 +77,8 @@ def erase(
             GradientError, TrainingError: see there.
     """
     run = Run(settings, denoiser)
-    readers = _readers(run.matrices, denoiser.family)
-    if settings.form == "hard" and not readers:
+    has_readers = bool(_readers(denoiser.names, denoiser.family))
+    if settings.form == "hard" and not has_readers:
         raise SettingsError(
             f"The hard form needs matrices of which it is known that they read the prompt and "
             f"nothing else; of {denoiser.family} none are known. Choose the soft form, and "
@@ -99,13 +99,17 @@ def erase(
     others = [caption for caption in captions if caption not in unnamed]
     unnamed = [caption for caption in unnamed if caption not in run.named(unnamed)] or unnamed
     exact, moment = _exact(settings, prompts), torch.zeros(1, 1)
-    if readers:
+    # All that the text encoder has to do comes before the model is loaded: where memory is short,
+    # the host makes room for one by moving the other away.
+    not_named = dict(zip(unnamed, denoiser.encode(unnamed), strict=True))
+    if has_readers:
         moment = yield from run.language(others, language_cache)
         moment = moment + _named_moment(settings, prompts, exact)
     else:
         plain = denoiser.encode(spread(others, PLAIN_CAPTIONS))
         prompts = dataclasses.replace(prompts, plain=plain)
         run.plan(prompts)
+    readers = {name: run.matrices[name] for name in _readers(run.matrices, denoiser.family)}
     training, held_out, kept_states = yield from run.sample(prompts)
     choice = None
     if readers:
@@ -131,7 +135,7 @@ def erase(
         yield from run.train(trainer, prompts, held_out, should_stop)
         edit = trainer.result()
     checks = Checks(settings, run.denoiser, prompts, run.matrices, run.generator)
-    measures = yield from run.follow_stage("checks", checks.run(edit, exact, held_out, unnamed))
+    measures = yield from run.follow_stage("checks", checks.run(edit, exact, held_out, not_named))
     record = run.record(prompts, exact, choice, edit, measures)
     erasure = Erasure.from_edit(edit, record)
     if results is not None:
@@ -139,10 +143,10 @@ def erase(
     yield Finished(erasure, run.losses)
 
 
-def _readers(matrices: dict[str, Tensor], family: str) -> dict[str, Tensor]:
+def _readers(names: Iterable[str], family: str) -> list[str]:
     """The matrices that are applied to the token embeddings of the prompt and to nothing else."""
     known = by_name(family).readers_known
-    return {name: w for name, w in matrices.items() if known and reads_prompt(name)}
+    return [name for name in names if known and reads_prompt(name)]
 
 
 def _exact(settings: EraseSettings, prompts: EncodedPrompts) -> ExactSet:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -63,7 +63,6 @@ class Run:
     def __init__(self, settings: EraseSettings, denoiser: Denoiser) -> None:
         self.settings = settings
         self.denoiser = CountedDenoiser(denoiser)
-        self.matrices = dict(denoiser.matrices())
         self.losses: list[float] = []
         self.converged = False
         self.gradient_apart: float | None = None
@@ -73,6 +72,11 @@ class Run:
         self._started = time.monotonic()
         self._shape = denoiser.latent_shape(settings.resolution)
         self._plan: dict[str, int] = {}
+
+    @cached_property
+    def matrices(self) -> dict[str, Tensor]:
+        """The trained matrices. Asked for after the text encoder is done: it loads the model."""
+        return dict(self.denoiser.matrices())
 
     def plan(self, prompts: EncodedPrompts) -> None:
         """Know what the run will cost at most."""

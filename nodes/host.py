@@ -51,8 +51,9 @@ class ComfyDenoiser:
     """The host's MODEL and CLIP, fulfilling :class:`erase_core.denoiser.Denoiser`.
 
     The model's module is never touched: the denoiser runs a twin of it whose parameters lie over
-    the host's storage, so there is one copy of the weights. Use as a context manager, which loads
-    the model and lets everything go at the end.
+    the host's storage, so there is one copy of the weights. Use as a context manager, which lets
+    everything go at the end. The model is loaded when its network is first needed: what the text
+    encoder does before then has the device for itself.
 
     Args:
         model: the host's ModelPatcher, with whatever patches it carries.
@@ -84,26 +85,37 @@ class ComfyDenoiser:
         self.base = {"name": base_name, "fingerprint": base_fingerprint(model)}
         self._model, self._clip = with_resident_weights(model), clip
         self._keys = trained_keys(model, layers)
+        self.names = self._keys.keys()
+        self.device = model.load_device
+        self.dtype = model.model.manual_cast_dtype or model.model.get_dtype()
         self._planned_shape = [images, *self.latent_shape(resolution)]
         self._size = {"width": resolution, "height": resolution}
 
     def __enter__(self) -> ComfyDenoiser:
-        memory = self._model.memory_required(self._planned_shape) * TRAINING_MEMORY_FACTOR
-        comfy.model_management.load_models_gpu([self._model], memory_required=memory)
-        self.device = self._model.load_device
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_training_flag())
-            self._twin = twin_of(self._model)
-            self.dtype = self._twin.manual_cast_dtype or self._twin.get_dtype()
-            self._modules = _modules_at(self._twin, self._keys)
-            self._side_path = LowRankSidePath(self._modules)
-            stack.callback(self._side_path.remove)
-            self._stack = stack.pop_all()  # nothing failed: __exit__ undoes it
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(_training_flag())
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
-        del self._twin, self._modules, self._side_path
+        for made in ("_twin", "_modules", "_side_path"):
+            vars(self).pop(made, None)
+
+    @functools.cached_property
+    def _twin(self) -> nn.Module:
+        memory = self._model.memory_required(self._planned_shape) * TRAINING_MEMORY_FACTOR
+        comfy.model_management.load_models_gpu([self._model], memory_required=memory)
+        return twin_of(self._model)
+
+    @functools.cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return _modules_at(self._twin, self._keys)
+
+    @functools.cached_property
+    def _side_path(self) -> LowRankSidePath:
+        side_path = LowRankSidePath(self._modules)
+        self._stack.callback(side_path.remove)
+        return side_path
 
     @functools.cached_property
     def identity(self) -> str:

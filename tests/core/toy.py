@@ -33,6 +33,7 @@ class ToyDenoiser:
             "toy_attn2_to_out": self.out,
         }
         self._trained = {name: linear[name] for name in matching(linear, layers)}
+        self.names = self._trained.keys()
         self._side_path = LowRankSidePath(self._trained)
         self.base = {"name": "toy", "fingerprint": fingerprint(self.matrices())}
         self.calls = 0

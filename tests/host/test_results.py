@@ -92,6 +92,26 @@ def train(loaded, results, language, **values) -> Finished:
     return last
 
 
+def test_the_model_is_loaded_after_the_text_encoder_is_done_and_not_for_a_stored_result(
+    loaded, tmp_path, monkeypatch
+):
+    """A card that holds one of the two at a time makes room by moving the other away."""
+    order, load_models = [], comfy.model_management.load_models_gpu
+
+    def noted(models, *more, **named):
+        order.extend("text" if model is loaded[1].patcher else "model" for model in models)
+        return load_models(models, *more, **named)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", noted)
+    results, sampled = {}, {"steps": 1, "trajectories": 2, "sampling_steps": 2, "resolution": 64}
+    assert not train(loaded, results, LanguageStore(tmp_path), **sampled).stored
+    first = order.index("model")
+    assert first > 0 and set(order[:first]) == {"text"} and set(order[first:]) == {"model"}
+    order.clear()
+    assert train(loaded, results, LanguageStore(tmp_path), **sampled).stored
+    assert set(order) == {"text"}
+
+
 # The model
 
 
