@@ -47,6 +47,7 @@ FACTORS: dict[str, Sequence[Mapping[str, Any]]] = {
     "captions": [{"captions": count} for count in (50, 200)],
     "null score": [{**SOFT, "null_score": n} for n in ("frozen", "student", "detached")],
     "drift weight": [{**SOFT, "drift_weight": weight} for weight in (0.0, 10.0)],
+    "keep weight": [{**SOFT, "keep_weight": weight} for weight in (0.0, 10.0)],
     "layers": [{**SOFT, "layers": layers} for layers in ("cross-attention", "transformer")],
 }
 # What is asked for instead of how: the same settings throughout.
