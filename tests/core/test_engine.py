@@ -1,6 +1,7 @@
 """The whole engine on a toy model: cost, stop flag, errors, report."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -224,6 +225,26 @@ def test_captions_are_many_distinct_and_without_prompt_weights():
     assert len(captions) >= 980 and len({c.casefold() for c in captions}) == len(captions)
     assert not [c for c in captions if "(" in c.replace("\\(", "")]
     assert spread(captions, 8)[0] == captions[0] and len(spread(captions, 8)) == 8
+
+
+@pytest.mark.parametrize(
+    "words, fewest",
+    [
+        ("man woman boy girl child people person portrait father mother", 50),
+        ("street city beach mountain forest village room kitchen castle river", 50),
+        ("painting style watercolor drawing sketch anime render lithograph illustration", 55),
+        ("1girl 1boy 2girls solo masterpiece score_9", 75),
+        ("cup table chair book lamp bicycle bread cake car clock", 40),
+        ("dog bird horse fish sheep fox owl bear rabbit cow", 22),
+        ("photography photo lens lighting studio 35mm 85mm", 40),
+    ],
+    ids="people places styles tags things animals photographs".split(),
+)
+def test_captions_are_of_every_kind(words, fewest):
+    """The ridge protects what the list has in it; ten everyday words stand for each kind."""
+    wanted = set(words.split())
+    found = [c for c in plain_captions() if wanted & set(re.findall(r"\w+", c.lower()))]
+    assert len(found) >= fewest
 
 
 def test_language_is_encoded_once_per_encoder():
