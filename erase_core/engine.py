@@ -101,7 +101,7 @@ def erase(
     exact, moment = _exact(settings, prompts), torch.zeros(1, 1)
     # All that the text encoder has to do comes before the model is loaded: where memory is short,
     # the host makes room for one by moving the other away.
-    not_named = dict(zip(unnamed, denoiser.encode(unnamed), strict=True))
+    unnamed_prompts = dict(zip(unnamed, denoiser.encode(unnamed), strict=True))
     if has_readers:
         moment = yield from run.language(others, language_cache)
         moment = moment + _named_moment(settings, prompts, exact)
@@ -135,7 +135,8 @@ def erase(
         yield from run.train(trainer, prompts, held_out, should_stop)
         edit = trainer.result()
     checks = Checks(settings, run.denoiser, prompts, run.matrices, run.generator)
-    measures = yield from run.follow_stage("checks", checks.run(edit, exact, held_out, not_named))
+    checking = checks.run(edit, exact, held_out, unnamed_prompts)
+    measures = yield from run.follow_stage("checks", checking)
     record = run.record(prompts, exact, choice, edit, measures)
     erasure = Erasure.from_edit(edit, record)
     if results is not None:

@@ -2,9 +2,9 @@
 
 An erased prompt should give the picture of the prompt with the alternative in it, or without the
 concept where there is none. How intact that picture is, is all that can be asked of the erased
-model's: a prompt that names no object has no picture like the real ones even before. Draws those
-prompts with the same noise for every case and writes the share of intact ones beside that of each
-method in the benchmark's lines.
+model's: the untouched one isn't whole everywhere either. Draws those prompts with the same noise
+for every case and writes the share of intact ones beside that of each method in the benchmark's
+lines.
 """
 
 from __future__ import annotations
