@@ -93,9 +93,9 @@ def trainer_on(denoiser: ComfyDenoiser, resolution: int) -> SurgeryTrainer:
     pool = Pool([EncodedPair(erased, alternative)], states, null)
     basis = torch.linalg.qr(torch.randn(WIDTH, RANK, generator=generator)).Q
     zeros = {n: torch.zeros(w.shape[0], RANK) for n, w in denoiser.matrices().items()}
-    ridge = Ridge(denoiser.matrices(), torch.eye(WIDTH))
+    ridge = Ridge(1.0, denoiser.matrices(), torch.eye(WIDTH))
     start = LowRankEdit.shared(basis, zeros)
-    return SurgeryTrainer(denoiser, pool, start, [(0, RANK)], ridge, 1.0, settings)
+    return SurgeryTrainer(denoiser, pool, start, [(0, RANK)], [ridge], settings)
 
 
 def bare_step(denoiser: ComfyDenoiser, trainer: SurgeryTrainer) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .denoiser import Denoiser, Encoded, LowRankEdit
 from .encoded import EncodedPrompts
+from .families import by_name
 from .layers import reads_prompt
 from .measure import (
     key_value_drift,
@@ -84,9 +86,19 @@ class Checks:
         else:
             checked = None
         measures |= yield from self._drifts(edit, checked, exact, unnamed)
-        bases = {id(basis): basis for basis in edit.bases.values() if self._settings.form == "hard"}
-        leaks = [leakage(basis.cpu(), self._prompts.null.tokens) for basis in bases.values()]
-        return {**measures, "null_leakage": max(leaks, default=None)}
+        return {**measures, "null_leakage": self._null_leakage(edit)}
+
+    def _null_leakage(self, edit: LowRankEdit) -> float | None:
+        """What R sees of the null prompt in the hard form; None in the soft one."""
+        if self._settings.form != "hard":
+            return None
+        null, seen = self._prompts.null, []
+        for basis in {id(basis): basis for basis in edit.bases.values()}.values():
+            read = null.tokens
+            if len(basis) != read.shape[1]:  # the matrix of the pooled vector, which comes first
+                read = functional.pad(null.pooled, (0, len(basis) - len(null.pooled)))[None]
+            seen.append(leakage(basis.cpu(), read))
+        return max(seen)
 
     def _movements(self, edit: LowRankEdit, checked: States) -> Iterator[str]:
         settings, denoiser, pairs = self._settings, self._denoiser, self._prompts.pairs
@@ -116,13 +128,14 @@ class Checks:
         }
 
     def _pooled(self, edit: LowRankEdit, checked: States) -> Iterator[str]:
-        """What goes through the pooled vector; None on models without one."""
+        """What comes through the pooled vector; None on models without one."""
         if self._prompts.null.pooled is None:
             return None
         states = checked[evenly(len(checked), POOLED_STATES)]
-        pairs, eta = self._prompts.pairs, self._settings.eta
-        leak = pooled_leak(self._denoiser, pairs, states, edit, eta, self._batch)
-        return (yield from _saying(leak, "Checking the pooled vector"))
+        leak = pooled_leak(self._denoiser, self._prompts.pairs, states, edit, self._batch)
+        found = yield from _saying(leak, "Checking the pooled vector")
+        edited = by_name(self._denoiser.family).pooled_matrix in edit.factors
+        return found if edited else {**found, "left": None}
 
     def _drifts(
         self,
@@ -181,7 +194,7 @@ def planned_checks(settings: EraseSettings, held_out: int, pooled: bool) -> int:
         + sampled * SAMPLED_TRAJECTORIES * SAMPLED_STEPS
         + 2 * (NULL_STATES + 1)
         + 2 * prompts
-        + 2 * POOLED_STATES * pooled
+        + 3 * POOLED_STATES * pooled
     )
 
 

@@ -36,6 +36,10 @@ class LowRankEdit:
         """The edit on a device in float32, detached; bases that were one tensor stay one."""
         return self._each(lambda tensor: tensor.detach().to(device, torch.float32))
 
+    def with_more(self, other: LowRankEdit) -> LowRankEdit:
+        """Both edits; they are of different matrices."""
+        return LowRankEdit({**self.bases, **other.bases}, {**self.factors, **other.factors})
+
     def copy(self) -> LowRankEdit:
         """The edit in memory of its own."""
         return self._each(torch.clone)
@@ -161,17 +165,18 @@ class Projections:
     layer is given such prompts, the original ones are projected.
 
     Args:
-        prompts: token embeddings (n, tokens, width) as the text encoder gave them, if known.
+        prompts: what layers are given of the prompts, before it is rounded, as far as it is known:
+            token embeddings (n, tokens, width), what goes with a pooled vector (n, width).
     """
 
-    def __init__(self, prompts: Tensor | None) -> None:
-        self.prompts = prompts
+    def __init__(self, prompts: Sequence[Tensor | None] = ()) -> None:
+        self.prompts = [prompt for prompt in prompts if prompt is not None]
         self._seen: Tensor | None = None
         self._precise: Tensor | None = None
         self._projected: dict[int, Tensor] = {}
 
     def project(self, x: Tensor, basis: Tensor) -> Tensor:
-        """``x R`` (n, tokens, rank). Layers that are given the same tensor share it."""
+        """``x R`` (..., rank). Layers that are given the same tensor share it."""
         if x is not self._seen:
             self._seen, self._precise, self._projected = x, self._unrounded(x, basis.dtype), {}
         if id(basis) not in self._projected:
@@ -180,10 +185,10 @@ class Projections:
 
     def _unrounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``x``, each number that is a prompt's rounded one as it was before."""
-        known = self.prompts is not None and self.prompts.shape == x.shape
-        if x.dtype is dtype or not known:
+        known = next((prompt for prompt in self.prompts if prompt.shape == x.shape), None)
+        if x.dtype is dtype or known is None:
             return x.to(dtype)
-        full = self.prompts.to(x.device, dtype)
+        full = known.to(x.device, dtype)
         # What stands between the encoder and the layer may have changed some: those stay changed.
         return torch.where(full.to(x.dtype) == x, full, x.to(dtype))
 
@@ -200,14 +205,20 @@ class LowRankSidePath:
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._edit: LowRankEdit | None = None
-        self._projections = Projections(None)
+        self._projections = Projections()
         self._handles = [
             module.register_forward_hook(self._hook(name)) for name, module in modules.items()
         ]
 
     @contextmanager
-    def active(self, edit: LowRankEdit | None, prompts: Tensor | None = None) -> Iterator[None]:
-        """Apply ``edit`` inside the block, which runs one forward with ``prompts``."""
+    def active(
+        self, edit: LowRankEdit | None, prompts: Sequence[Tensor | None] = ()
+    ) -> Iterator[None]:
+        """Apply ``edit`` inside the block, which runs one forward with ``prompts``.
+
+        Args:
+            prompts: see :class:`Projections`.
+        """
         previous = self._edit, self._projections
         self._edit, self._projections = edit, Projections(prompts)
         try:

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from .checks import UNNAMED_PROMPTS, Checks
 from .closed_form import ClosedForm, EditRegression
-from .denoiser import Denoiser, LowRankEdit
+from .denoiser import Denoiser, Encoded, LowRankEdit
 from .encoded import EncodedPrompts, encode_prompts
 from .erasure import Erasure
 from .families import by_name
 from .identity import USE_IF_THERE, result_key, stored_result
 from .language import plain_captions, second_moment, spread
 from .layers import reads_prompt
+from .pooled import POOLED_CAPTIONS, PooledEdit, as_tokens, shrunk, solve_pooled
+from .protection import Choice
 from .record import VERSION
 from .run import Progress, Run
 from .settings import EraseSettings, SettingsError
@@ -98,28 +100,28 @@ def erase(
     unnamed = spread(captions, UNNAMED_PROMPTS)
     others = [caption for caption in captions if caption not in unnamed]
     unnamed = [caption for caption in unnamed if caption not in run.named(unnamed)] or unnamed
-    exact, moment = _exact(settings, prompts), torch.zeros(1, 1)
+    exact = _exact(settings, prompts)
     # All that the text encoder has to do comes before the model is loaded: where memory is short,
     # the host makes room for one by moving the other away.
     unnamed_prompts = dict(zip(unnamed, denoiser.encode(unnamed), strict=True))
+    moment = vectors = None
     if has_readers:
-        moment = yield from run.language(others, language_cache)
-        moment = moment + _named_moment(settings, prompts, exact)
+        moment, vectors = yield from _language(run, prompts, exact, others, language_cache)
     else:
         plain = denoiser.encode(spread(others, PLAIN_CAPTIONS))
         prompts = dataclasses.replace(prompts, plain=plain)
         run.plan(prompts)
     readers = {name: run.matrices[name] for name in _readers(run.matrices, denoiser.family)}
     training, held_out, kept_states = yield from run.sample(prompts)
-    choice = None
+    choice, pooled = None, _pooled_edit(run, prompts, exact, vectors)
     if readers:
         regression = EditRegression(prompts.edits, exact.basis, moment, readers)
-        choice = yield from run.choose(regression, prompts, held_out, readers)
-        # What comes through a pooled vector can't be moved; that is reported, not refused.
+        choice = yield from run.choose(regression, prompts, held_out, readers, pooled)
+        # What is left of a pooled vector is reported, not refused.
         reached = choice.moved if prompts.null.pooled is None else choice.solution.moved
         _refuse_if_too_little_moves(settings, reached)
     solution = choice.solution if choice else None
-    edit = _start(settings, solution, run.matrices)
+    edit = _start(settings, solution, pooled, run.matrices, denoiser.family)
     if settings.steps:
         pool = Pool(prompts.pairs, training, prompts.null, prompts.held, kept_states)
         trainer = SurgeryTrainer(
@@ -127,8 +129,7 @@ def erase(
             pool,
             edit,
             solution.columns if solution else [],
-            Ridge(readers, moment, denoiser.device),
-            choice.ridge / solution.distance if choice else 0.0,
+            list(_ridges(choice, readers, moment, pooled, denoiser.device)),
             settings,
         )
         yield from run.check_gradient(trainer)
@@ -162,6 +163,57 @@ def _exact(settings: EraseSettings, prompts: EncodedPrompts) -> ExactSet:
     return ExactSet(nothing, [1.0] * len(prompts.edits), kept)
 
 
+def _language(
+    run: Run,
+    prompts: EncodedPrompts,
+    exact: ExactSet,
+    captions: Sequence[str],
+    cache: MutableMapping[str, Tensor] | None,
+) -> Iterator[Progress]:
+    """Second moments of what must stay: of tokens, and of pooled vectors where those are edited."""
+    moment = yield from run.language(captions, cache)
+    moment = moment + _named_moment(run.settings, prompts, exact)
+    if by_name(run.denoiser.family).pooled_matrix not in run.denoiser.names:
+        return moment, None
+    vectors = yield from run.language(spread(captions, POOLED_CAPTIONS), cache, pooled=True)
+    return moment, shrunk(vectors) + _named_moment(run.settings, as_tokens(prompts), exact)
+
+
+def _pooled_edit(
+    run: Run, prompts: EncodedPrompts, exact: ExactSet, vectors: Tensor | None
+) -> PooledEdit | None:
+    """What becomes of the matrix that reads pooled vectors; None where it stays as it is."""
+    if vectors is None:
+        return None
+    name, held = by_name(run.denoiser.family).pooled_matrix, _held_exactly(run, prompts, exact)
+    matrix, rank = run.matrices[name], run.settings.rank
+    return solve_pooled(name, matrix, as_tokens(prompts), held, vectors, rank)
+
+
+def _held_exactly(run: Run, prompts: EncodedPrompts, exact: ExactSet) -> list[Encoded]:
+    """Pooled vectors, as tokens, of the prompts that nothing may reach; none in the soft form."""
+    if run.settings.form == "soft":
+        return []
+    prompts = as_tokens(prompts)
+    kept = [prompt for (_, prompt), one in zip(prompts.keep, exact.kept, strict=True) if one.exact]
+    return [prompts.null, *prompts.negatives, *kept]
+
+
+def _ridges(
+    choice: Choice | None,
+    readers: dict[str, Tensor],
+    moment: Tensor,
+    pooled: PooledEdit | None,
+    device: torch.device,
+) -> Iterator[Ridge]:
+    """The protections of ordinary language, in shares of the way that is to be gone."""
+    if choice:
+        yield Ridge(choice.ridge / choice.solution.distance, readers, moment, device)
+    if pooled:
+        weight = pooled.choice.ridge / pooled.solution.distance
+        yield Ridge(weight, *pooled.protected(), device)
+
+
 def _named_moment(settings: EraseSettings, prompts: EncodedPrompts, exact: ExactSet) -> Tensor:
     """Second moment of the prompts that were named but are not exact, each group at full weight."""
     moment = NAMED_PROMPT_WEIGHT * second_moment(p.alternative.tokens for p in prompts.pairs)
@@ -192,7 +244,11 @@ def _refuse_if_too_little_moves(settings: EraseSettings, moved: Sequence[float])
 
 
 def _start(
-    settings: EraseSettings, solution: ClosedForm | None, matrices: dict[str, Tensor]
+    settings: EraseSettings,
+    solution: ClosedForm | None,
+    pooled: PooledEdit | None,
+    matrices: dict[str, Tensor],
+    family: str,
 ) -> LowRankEdit:
     """The edit that training starts from: the closed form where there is one, else no change."""
     bases, factors = {}, {}
@@ -202,11 +258,15 @@ def _start(
             {n: w for n, w in matrices.items() if reads_prompt(n)},
         )
         bases, factors = dict.fromkeys(readers, basis), solution.factors(readers)
+        if pooled:
+            own = pooled.edit(solution.columns)
+            bases, factors = {**bases, **own.bases}, {**factors, **own.factors}
         if not settings.warm_start:
             factors = {name: torch.zeros_like(b) for name, b in factors.items()}
     generator = torch.Generator().manual_seed(settings.seed)
     for name, weight in matrices.items():
-        if name not in factors:
+        # A pooled vector that what must stay leaves no way for stays as it is.
+        if name not in factors and name != by_name(family).pooled_matrix:
             rank = min(settings.rank, *weight.shape)
             bases[name] = torch.linalg.qr(torch.randn(weight.shape[1], rank, generator=generator)).Q
             factors[name] = torch.zeros(weight.shape[0], rank)

@@ -18,6 +18,8 @@ class Family:
         architecture: its name in ModelSpec metadata.
         kohya_base: its name in kohya's metadata.
         pooled: whether the model takes a pooled vector of the prompt beside its tokens.
+        pooled_matrix: kohya LoRA name of the matrix that reads it, before anything else that the
+            matrix reads; "" where none is known.
         joint: whether prompt and picture attend to each other in one sequence, so that a prompt
             can't be repeated without counting more.
         adds_in_place: whether the host's layers overwrite what a backward needs.
@@ -33,6 +35,7 @@ class Family:
     architecture: str
     kohya_base: str
     pooled: bool = False
+    pooled_matrix: str = ""
     joint: bool = False
     adds_in_place: bool = False
     token_streams: tuple[str, ...] = ()
@@ -64,6 +67,7 @@ SDXL = Family(
     "stable-diffusion-xl-v1-base/lora",
     "sdxl_base_v1-0",
     pooled=True,
+    pooled_matrix="lora_unet_label_emb_0_0",
     defaults={"resolution": 1024},
 )
 
@@ -77,6 +81,7 @@ SD3 = Family(
     "stable-diffusion-v3-medium/lora",
     "sd3",
     pooled=True,
+    pooled_matrix="lora_unet_y_embedder_mlp_0",
     joint=True,
     token_streams=("l", "t5xxl"),
     defaults=_JOINT,
@@ -88,6 +93,7 @@ FLUX = Family(
     "flux-1-dev/lora",
     "flux1",
     pooled=True,
+    pooled_matrix="lora_unet_vector_in_in_layer",
     joint=True,
     adds_in_place=True,
     token_streams=("t5xxl",),

@@ -59,6 +59,7 @@ def encode_language(
     captions: Sequence[str],
     cache: MutableMapping[str, Tensor] | None = None,
     left_out: Sequence[str] = (),
+    pooled: bool = False,
 ) -> Iterator[tuple[int, int]]:
     """Encode the captions and return their second moment (width, width), float64.
 
@@ -71,10 +72,11 @@ def encode_language(
             (clip skip, LoRAs, textual inversions).
         left_out: those of the captions that shall not count. They are taken out of what is
             cached, so that the cache serves every concept.
+        pooled: of their pooled vectors instead of their tokens.
     """
-    key = _cache_key(denoiser, captions)
+    key = _cache_key(denoiser, captions) + ("-pooled" if pooled else "")
     if cache is None or key not in cache:
-        moment = yield from _mean_moment(denoiser, captions)
+        moment = yield from _mean_moment(denoiser, captions, pooled)
         cache = {} if cache is None else cache
         # In float64: rounded to float32 it is no longer positive where few captions reach.
         cache[key] = moment
@@ -82,16 +84,19 @@ def encode_language(
     count = len(captions) - len(left_out)
     if not left_out or not count:
         return moment
-    named = yield from _mean_moment(denoiser, left_out)
+    named = yield from _mean_moment(denoiser, left_out, pooled)
     return (moment * len(captions) - named * len(left_out)) / count
 
 
-def _mean_moment(denoiser: Denoiser, captions: Sequence[str]) -> Iterator[tuple[int, int]]:
+def _mean_moment(
+    denoiser: Denoiser, captions: Sequence[str], pooled: bool
+) -> Iterator[tuple[int, int]]:
     total = 0.0
     for start in range(0, len(captions), ENCODE_BATCH):
         batch = captions[start : start + ENCODE_BATCH]
-        encoded = denoiser.encode(batch, together=True)
-        alike = torch.cat([one.tokens * len(one.tokens) ** -0.5 for one in encoded])
+        encoded = denoiser.encode(batch, together=not pooled)
+        prompts = [one.pooled[None] if pooled else one.tokens for one in encoded]
+        alike = torch.cat([rows * len(rows) ** -0.5 for rows in prompts])
         total = total + second_moment([alike]) * len(alike)
         yield start + len(batch), len(captions)
     return total / len(captions)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .activations import BlockRun
 from .denoiser import Denoiser, Encoded, LowRankEdit
-from .guidance import guidance_term, moved, surgical_target
+from .guidance import guidance_term, moved, surgical_target, weighted_error
 from .memory import ADVICE, out_of_memory
 from .states import (
     EncodedPair,
@@ -223,45 +223,45 @@ def pooled_leak(
     pairs: Sequence[EncodedPair],
     states: States,
     edit: LowRankEdit,
-    eta: float,
     batch: int,
 ) -> Iterator[int]:
-    """What goes past the keys and values, through the pooled vector (a generator).
+    """What comes through the pooled vector alone (a generator).
 
     Yields images evaluated, returns ``leak``: the share of the way from the alternative back to
     the concept that the original model goes when the alternative's tokens come with the concept's
-    pooled vector, ``|g*(C_a, p_e) - g*(a)|^2 / |g*(e) - g*(a)|^2``; and ``moved_swapped``: how far
-    the edited model moves when the concept's tokens come with the alternative's pooled vector.
+    pooled vector, ``|g*(C_a, p_e) - g*(C_a, p_a)|^2 / |g*(e) - g*(a)|^2``; and ``left``: the same
+    difference of the edited model's, over the same way.
     """
-    weight = denoiser.loss_weight(states.sigma)
-    leaking, students = [], []
+    ways: list[list[Tensor]] = [[], []]
     for part in torch.arange(len(states)).split(batch):
         here, asked = states[part], [pairs[i] for i in states.index[part].tolist()]
         mixed = [Encoded(pair.alternative.tokens, pair.erased.pooled) for pair in asked]
-        swapped = [Encoded(pair.erased.tokens, pair.alternative.pooled) for pair in asked]
-        for prompts, own_edit, found in ((mixed, None, leaking), (swapped, edit, students)):
-            x0 = _predict(denoiser, here.x, here.sigma, prompts, own_edit)
-            found.append(guidance_term(here.x0_null, x0, here.sigma))
-        yield 2 * len(part)
-    target = surgical_target(states.g_erased, states.g_alternative, eta)
-    leak = 1 - moved(torch.cat(leaking), states.g_erased, states.g_alternative, weight)
-    return {
-        "leak": leak,
-        "moved_swapped": moved(torch.cat(students), states.g_erased, target, weight),
-    }
+        alternatives = [pair.alternative for pair in asked]
+        before = _predict(denoiser, here.x, here.sigma, mixed)
+        after, home = (
+            _predict(denoiser, here.x, here.sigma, prompts, edit)
+            for prompts in (mixed, alternatives)
+        )
+        ways[0].append(guidance_term(here.x0_null, before, here.sigma) - here.g_alternative)
+        ways[1].append(guidance_term(home, after, here.sigma))
+        yield 3 * len(part)
+    weight = denoiser.loss_weight(states.sigma)
+    whole = weighted_error(states.g_erased - states.g_alternative, weight)
+    shares = [float(weighted_error(torch.cat(way), weight) / whole) for way in ways]
+    return {"leak": shares[0], "left": shares[1]}
 
 
 def key_value_drift(erasure: LowRankEdit, matrices: Mapping[str, Tensor], tokens: Tensor) -> float:
     """Largest relative change of a prompt's keys or values, ``max_m |C dW^T| / |C W^T|``.
 
     Args:
-        matrices: W by name, (out, width).
+        matrices: W by name, (out, width), of those that read tokens.
         tokens: token embeddings C of the prompt, (tokens, width).
     """
     changes = []
-    for name, factor in erasure.factors.items():
-        before = tokens @ matrices[name].float().cpu().T
-        change = (tokens @ erasure.bases[name].cpu()) @ factor.cpu().T
+    for name, matrix in matrices.items():
+        before = tokens @ matrix.float().cpu().T
+        change = (tokens @ erasure.bases[name].cpu()) @ erasure.factors[name].cpu().T
         changes.append(float(change.norm() / before.norm().clamp(min=1e-12)))
     return max(changes)
 

@@ -66,7 +66,7 @@ _SHAPE = {
             {**_MOVED, "high": _NUMBER, "middle": _NUMBER, "low": _NUMBER, "erased_change": _NUMBER}
         ),
         "moved_sampled": _OrNone(_MOVED),
-        "pooled": _OrNone({"leak": _NUMBER, "moved_swapped": _NUMBER}),
+        "pooled": _OrNone({"leak": _NUMBER}),
         "drift_of": str,
         "null_drift": _NUMBER,
         "zeroed_drift": _NUMBER,
@@ -147,6 +147,8 @@ def _amiss_together(record: Mapping[str, Any], rank: int) -> Iterator[str]:
     sampled = measures["moved_held_out"] is not None
     yield from _amiss(record.get("taken_out", []), [str], "taken_out")
     yield from _amiss(record.get("memory"), _MEMORY, "memory")
+    left = (measures["pooled"] or {}).get("left")
+    yield from _amiss(left, _OrNone(_NUMBER), "measures.pooled.left")
     if not concepts:
         yield "concepts"
     if sampled != (measures["moved_sampled"] is not None):

@@ -51,14 +51,19 @@ def _movement(record: Mapping[str, Any]) -> list[str]:
 
 
 def _pooled(record: Mapping[str, Any]) -> list[str]:
-    """What keys and values can't reach, on models with a pooled vector."""
+    """What comes past keys and values, on models with a pooled vector."""
     pooled = record["measures"]["pooled"]
     if pooled is None:
         return []
+    if pooled.get("left") is not None:
+        return [
+            f"The pooled vector alone brings {_share(pooled['leak'])} of the concept back to a "
+            f"prompt of its replacement on the untouched model, {_share(pooled['left'])} after "
+            "the erasure."
+        ]
     return [
         f"The pooled vector goes past what was trained: alone it brings {_share(pooled['leak'])} "
-        "of the concept back to a prompt of its replacement. With the replacement's pooled vector "
-        f"the erased prompts would move {pooled['moved_swapped']:.0%} of the way."
+        "of the concept back to a prompt of its replacement."
     ]
 
 

@@ -21,6 +21,7 @@ from .encoded import EncodedPrompts
 from .fingerprint import fingerprint
 from .language import encode_language, naming
 from .measure import PLAIN_GRADIENT, CountedDenoiser, movement_on
+from .pooled import PooledEdit
 from .prompts import prompt_warnings
 from .protection import Choice, strongest_that_moves
 from .record import VERSION
@@ -90,9 +91,12 @@ class Run:
         return Progress(stage, done, max(done, total), loss)
 
     def language(
-        self, captions: Sequence[str], cache: MutableMapping[str, Tensor] | None
+        self,
+        captions: Sequence[str],
+        cache: MutableMapping[str, Tensor] | None,
+        pooled: bool = False,
     ) -> Iterator[Progress]:
-        stage = encode_language(self.denoiser, captions, cache, self.named(captions))
+        stage = encode_language(self.denoiser, captions, cache, self.named(captions), pooled)
         text = "Reading ordinary language, {0[0]} of {0[1]} captions"
         return (yield from self._follow(stage, text))
 
@@ -127,8 +131,13 @@ class Run:
         prompts: EncodedPrompts,
         held_out: States | None,
         readers: dict[str, Tensor],
+        pooled: PooledEdit | None,
     ) -> Iterator[Progress]:
-        """The closed form with the user's ridge, or with the strongest that moves far enough."""
+        """The closed form with the user's ridge, or with the strongest that moves far enough.
+
+        Args:
+            pooled: the edit that goes with it.
+        """
         settings = self.settings
         if settings.protection is not None:
             self._plan["protection"] = 0
@@ -139,6 +148,7 @@ class Run:
 
             def moves(solution: ClosedForm) -> Iterator[int]:
                 edit = LowRankEdit.shared(solution.basis.float(), solution.factors(readers))
+                edit = edit.with_more(pooled.edit()) if pooled else edit
                 edit = edit.to(self.denoiser.device)
                 checked = spread_over(held_out, prompts.pairs, tried_states(settings))
                 movement = yield from self._movement(edit, prompts, checked)

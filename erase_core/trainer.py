@@ -15,7 +15,6 @@ from .activations import Recompute, SavedBytes
 from .denoiser import Denoiser, Encoded, LowRankEdit
 from .gradient import check_gradient
 from .guidance import SigmaWeight, guidance_term, surgery_loss, surgical_target, weighted_error
-from .layers import reads_prompt
 from .memory import ADVICE, Fit, Need, advice_instead, out_of_memory
 from .settings import EraseSettings
 from .states import EncodedPair, States
@@ -39,19 +38,24 @@ class Ridge:
 
     ``M`` is the second moment of the token embeddings of plain captions, so the term is the mean
     square change of keys and values for ordinary tokens, relative to their own mean square. It is
-    what keeps the prompts nobody named. Matrices that read something else than tokens don't count.
+    what keeps the prompts nobody named. The same for what pooled vectors become.
 
     Args:
-        matrices: W by name, (out, width).
+        weight: how much it counts in the loss.
+        matrices: W by name, (out, width), all of which read what M is of.
         moment: M, (width, width).
         device: where edits are.
     """
 
     def __init__(
-        self, matrices: Mapping[str, Tensor], moment: Tensor, device: torch.device | str = "cpu"
+        self,
+        weight: float,
+        matrices: Mapping[str, Tensor],
+        moment: Tensor,
+        device: torch.device | str = "cpu",
     ) -> None:
-        readers = {name: w for name, w in matrices.items() if reads_prompt(name)}
-        self._scale = {name: 1 / _energy(weight, moment) for name, weight in readers.items()}
+        self._weight = weight
+        self._scale = {name: 1 / _energy(w, moment) for name, w in matrices.items()}
         self._moment = moment.float().to(device)
 
     def __call__(self, edit: LowRankEdit) -> Tensor:
@@ -62,7 +66,7 @@ class Ridge:
             if id(basis) not in inner:
                 inner[id(basis)] = basis.T @ self._moment @ basis
             terms.append(((factor @ inner[id(basis)]) * factor).sum() * scale)
-        return torch.stack(terms).mean() if terms else self._moment.new_zeros(())
+        return self._weight * torch.stack(terms).mean()
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,7 @@ class SurgeryTrainer:
         pool: the states and the prompts they are for.
         start: the edit to start from.
         columns: for each concept, where its columns of R begin and end.
-        ridge: the protection of ordinary language.
-        protection: its weight.
+        ridges: the protection of ordinary language, for each way on which prompts come in.
         settings: form and weights, steps, batch, learning rate, eta, seed.
     """
 
@@ -113,12 +116,11 @@ class SurgeryTrainer:
         pool: Pool,
         start: LowRankEdit,
         columns: Sequence[tuple[int, int]],
-        ridge: Ridge,
-        protection: float,
+        ridges: Sequence[Ridge],
         settings: EraseSettings,
     ) -> None:
         self._denoiser, self._pool, self._settings = denoiser, pool, settings
-        self._ridge, self._protection = ridge, protection
+        self._ridges = ridges
         states = pool.states
         self._targets = surgical_target(states.g_erased, states.g_alternative, settings.eta)
         differences = states.g_erased - self._targets
@@ -327,7 +329,7 @@ class SurgeryTrainer:
             share = len(part) / len(index)
             edit = self._seen_by(int(self._concepts[index[0]]))
             surgery = share * self.loss(edit, part, kept)
-            ridge = share * self._protection * self._ridge(edit)
+            ridge = share * sum(ridge(edit) for ridge in self._ridges)
             ((surgery + ridge) * self._loss_scale).backward()
             value += float(surgery.detach())
         for gradient in self._gradients():

@@ -10,6 +10,7 @@ from comfy_api.v0_0_2 import io
 from ..erase_core import Erasure
 from ..erase_core.fingerprint import PACKED_WITHIN, SAME_WITHIN, fingerprint, same_fingerprint
 from ..erase_core.formats import kohya_tensors
+from ..erase_core.layers import reads_prompt
 from ..erase_core.measure import key_value_drift
 from .exact import add_side_path
 from .host import (
@@ -153,8 +154,9 @@ def mismatches(model, erasure: Erasure, clip, name: str) -> list[str]:
     if clip is not None:
         null = encode_prompts(clip, [""])[0].tokens
         if not same_fingerprint(erasure.record["text_encoder"], fingerprint({"null": null})):
-            matrices = original_weights(model, _matching_keys(model, erasure))
-            drift = key_value_drift(erasure.edit(), matrices, null)
+            keys = _matching_keys(model, erasure)
+            readers = {name: key for name, key in keys.items() if reads_prompt(name)}
+            drift = key_value_drift(erasure.edit(), original_weights(model, readers), null)
             warnings.append(
                 f"The erasure of {erasure.concept!r} was made with another text encoder: with this "
                 f"one the null prompt moves by {drift:.2%}, so other pictures change too."

@@ -67,7 +67,7 @@ class SidePath:
         Raises:
             ExactModeError: a layer is missing, or compiled code can't be switched off.
         """
-        projections = Projections(c_crossattn)
+        projections = Projections([c_crossattn, keywords.get("y")])
         with contextlib.ExitStack() as stack:
             stack.enter_context(_uncompiled())
             for name, key in self._keys.items():

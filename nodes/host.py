@@ -182,7 +182,8 @@ class ComfyDenoiser:
             "optimized_attention_override": _differentiable_attention,
             "wrappers": {WRAPPER_TYPE: side_paths(self._model)},
         }
-        with self._side_path.active(edit, tokens), self._out_of_place():
+        given_prompts = [tokens, conditions.get("y")]
+        with self._side_path.active(edit, given_prompts), self._out_of_place():
             x0 = self._twin.apply_model(given, sigma, transformer_options=options, **conditions)
         return x0.float().view_as(x)
 
@@ -316,6 +317,22 @@ def has_packed_weights(model) -> bool:
 
 
 def trained_keys(model, layers: str | None = None) -> dict[str, str]:
+    """Host keys of the matrices that train, by kohya name.
+
+    They are those that a layer rule takes, None for the family's own, and the one that reads the
+    pooled vector.
+
+    Raises:
+        LayerRuleError: the rule matches nothing.
+    """
+    keys, family = kohya_keys(model), model_family(model)
+    taken = _keys_by_rule(model, layers)
+    if family.pooled_matrix in keys:
+        taken[family.pooled_matrix] = keys[family.pooled_matrix]
+    return taken
+
+
+def _keys_by_rule(model, layers: str | None = None) -> dict[str, str]:
     """Host keys of the matrices that a layer rule takes, by kohya name; None is the family's own.
 
     Raises:
@@ -345,7 +362,7 @@ def known_matrices(model) -> dict[str, Tensor]:
     They are those that its own layer rule takes, or all where that takes none.
     """
     try:
-        keys = trained_keys(model)
+        keys = _keys_by_rule(model)
     except LayerRuleError:
         keys = _matrix_keys(model)
     return original_weights(model, keys)

@@ -20,8 +20,12 @@ def pick_device() -> torch.device:
 
 
 def mixed(device: torch.device) -> torch.autocast:
-    """Matrix products in bfloat16, as while training: half the time on a CPU that has it."""
-    return torch.autocast(device.type, torch.bfloat16)
+    """Matrix products in bfloat16, as while training: half the time on a CPU that has it.
+
+    On one that hasn't it would be many times slower, so there they stay in float32.
+    """
+    has_it = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_it)
 
 
 class Log:

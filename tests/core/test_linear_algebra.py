@@ -337,12 +337,12 @@ def test_ridge_is_the_relative_change_of_ordinary_keys():
     tokens, weight = rows(200, 1).double(), rows(20, 2)
     basis = torch.linalg.qr(rows(6, 3).T).Q
     factor = torch.randn(20, 6, generator=torch.Generator().manual_seed(4))
-    names = ("x_attn2_to_k", "x_attn2_to_q")
+    names = ("x_attn2_to_k", "x_attn2_to_v")
     edit = LowRankEdit.shared(basis, dict.fromkeys(names, factor))
-    ridge = Ridge(dict.fromkeys(names, weight), tokens.T @ tokens / 200)(edit)
+    ridge = Ridge(2.0, dict.fromkeys(names, weight), tokens.T @ tokens / 200)(edit)
     change = tokens.numpy() @ basis.double().numpy() @ factor.double().numpy().T
     before = tokens.numpy() @ weight.double().numpy().T
-    assert float(ridge) == pytest.approx((change**2).sum() / (before**2).sum(), rel=1e-5)
+    assert float(ridge) == pytest.approx(2 * (change**2).sum() / (before**2).sum(), rel=1e-5)
 
 
 START, END = 1, 2
