@@ -171,8 +171,9 @@ def main() -> None:
     rows = []
     for name, (config, unet) in ARCHITECTURES.items():
         model = on_meta(config, unet)
-        own = model_family(model).defaults.get("layers", EraseSettings.layers)
-        assert all(map(reads_prompt, trained_keys(model)))
+        family = model_family(model)
+        own = family.defaults.get("layers", EraseSettings.layers)
+        assert {n for n in trained_keys(model) if not reads_prompt(n)} <= {family.pooled_matrix}
         wider = "text-stream" if own == "text-input" else "cross-attention"
         rows += [row(name, model, *what) for what in (("hard", own), ("soft", own))]
         rows.append(row(name, model, "soft", wider))

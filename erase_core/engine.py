@@ -121,7 +121,10 @@ def erase(
         reached = choice.moved if prompts.null.pooled is None else choice.solution.moved
         _refuse_if_too_little_moves(settings, reached)
     solution = choice.solution if choice else None
-    edit = _start(settings, solution, pooled, run.matrices, denoiser.family)
+    # A pooled vector that what must stay leaves no way for stays as it is.
+    stays = by_name(denoiser.family).pooled_matrix if vectors is not None and not pooled else ""
+    matrices = {name: weight for name, weight in run.matrices.items() if name != stays}
+    edit = _start(settings, solution, pooled, matrices)
     if settings.steps:
         pool = Pool(prompts.pairs, training, prompts.null, prompts.held, kept_states)
         trainer = SurgeryTrainer(
@@ -248,7 +251,6 @@ def _start(
     solution: ClosedForm | None,
     pooled: PooledEdit | None,
     matrices: dict[str, Tensor],
-    family: str,
 ) -> LowRankEdit:
     """The edit that training starts from: the closed form where there is one, else no change."""
     bases, factors = {}, {}
@@ -265,8 +267,7 @@ def _start(
             factors = {name: torch.zeros_like(b) for name, b in factors.items()}
     generator = torch.Generator().manual_seed(settings.seed)
     for name, weight in matrices.items():
-        # A pooled vector that what must stay leaves no way for stays as it is.
-        if name not in factors and name != by_name(family).pooled_matrix:
+        if name not in factors:
             rank = min(settings.rank, *weight.shape)
             bases[name] = torch.linalg.qr(torch.randn(weight.shape[1], rank, generator=generator)).Q
             factors[name] = torch.zeros(weight.shape[0], rank)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import formats
 from .denoiser import LowRankEdit
+from .families import by_name
 from .record import record_problem
 from .settings import same_text
 
@@ -147,6 +148,21 @@ class Erasure:
             {name: factor[:, kept].contiguous() for name, factor in self.factors.items()},
             record,
         )
+
+    def without_pooled(self) -> Erasure:
+        """The same erasure with the pooled vector as it was; itself where that isn't edited."""
+        name = by_name(self.record["family"]).pooled_matrix
+        if name not in self.factors:
+            return self
+        bases, factors = (
+            {key: value for key, value in tensors.items() if key != name}
+            for tensors in (self.bases, self.factors)
+        )
+        measures = dict(self.record["measures"])
+        if measures["pooled"]:
+            measures["pooled"] = {**measures["pooled"], "left": None}
+        record = {**self.record, "measures": measures, "matrices": len(factors)}
+        return Erasure(bases, factors, {**record, "pooled_left_out": True})
 
     def save(self, path: Path) -> None:
         """Write the erasure as a LoRA file under kohya names, float32.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-VERSION = "0.4.0"
+VERSION = "0.5.0"
 
 _NUMBER = (int, float)
 _TEXTS_WITH_DRIFT = [{"text": str, "drift": _NUMBER}]
@@ -147,6 +147,7 @@ def _amiss_together(record: Mapping[str, Any], rank: int) -> Iterator[str]:
     sampled = measures["moved_held_out"] is not None
     yield from _amiss(record.get("taken_out", []), [str], "taken_out")
     yield from _amiss(record.get("memory"), _MEMORY, "memory")
+    yield from _amiss(record.get("pooled_left_out", False), bool, "pooled_left_out")
     left = (measures["pooled"] or {}).get("left")
     yield from _amiss(left, _OrNone(_NUMBER), "measures.pooled.left")
     if not concepts:

@@ -30,6 +30,11 @@ def _headline(record: Mapping[str, Any]) -> list[str]:
             f"Taken out again: {', '.join(record['taken_out'])}. Figures that are not of one "
             "concept were measured with everything in."
         )
+    if record.get("pooled_left_out"):
+        lines.append(
+            "The pooled vector stays as it was: its part was left out of the file. The other "
+            "figures were measured with it."
+        )
     return lines
 
 

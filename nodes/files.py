@@ -38,6 +38,15 @@ class SaveErasure(io.ComfyNode):
                     default="erased_concept",
                     tooltip="Name of the file, without a folder.",
                 ),
+                io.Boolean.Input(
+                    "pooled_vector",
+                    default=True,
+                    optional=True,
+                    tooltip="SDXL, SD3, Flux: the concept is also taken out of the pooled vector. "
+                    "ComfyUI, Forge and Automatic1111 load that part; diffusers refuses an SDXL "
+                    "file that has it. Switch it off for diffusers only: a little more of the "
+                    "concept stays.",
+                ),
             ],
             outputs=[io.String.Output("path", display_name="path")],
             is_output_node=True,
@@ -54,8 +63,9 @@ class SaveErasure(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, erasure: Erasure, filename: str) -> io.NodeOutput:
+    def execute(cls, erasure: Erasure, filename: str, pooled_vector: bool = True) -> io.NodeOutput:
         """Write the file and show where it is."""
+        erasure = erasure if pooled_vector else erasure.without_pooled()
         path = save_erasure(erasure, Path(folder_paths.get_folder_paths(FOLDER)[0]), filename)
         return io.NodeOutput(str(path), ui=ui.PreviewText(f"Saved {path.name} in {path.parent}"))
 

@@ -204,3 +204,22 @@ def test_it_stays_where_what_must_stay_leaves_no_way():
     erasure = trained(toy)
     assert LABEL not in erasure.factors
     assert erasure.record["measures"]["pooled"]["left"] is None
+
+
+def test_where_no_matrix_reads_tokens_alone_it_trains_from_nothing():
+    toy = LabelToy(layers="*_to_out")
+    erasure = trained(toy, form="soft", layers="*_to_out", steps=60, learning_rate=0.02)
+    pooled = erasure.record["measures"]["pooled"]
+    assert LABEL in erasure.factors and pooled["left"] < 0.9 * pooled["leak"]
+
+
+def test_a_file_can_leave_it_out(tmp_path):
+    erasure = trained(LabelToy())
+    erasure.without_pooled().save(tmp_path / "cat.safetensors")
+    file = Erasure.load(tmp_path / "cat.safetensors")
+    assert set(file.factors) == set(erasure.factors) - {LABEL}
+    assert all(torch.equal(file.factors[name], erasure.factors[name]) for name in file.factors)
+    assert file.record["matrices"] == len(file.factors)
+    text = report_text(file.record)
+    assert "left out of the file" in text and "pooled vector goes past" in text
+    assert file.without_pooled() is file
