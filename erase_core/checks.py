@@ -92,13 +92,15 @@ class Checks:
         """What R sees of the null prompt in the hard form; None in the soft one."""
         if self._settings.form != "hard":
             return None
-        null, seen = self._prompts.null, []
-        for basis in {id(basis): basis for basis in edit.bases.values()}.values():
-            read = null.tokens
-            if len(basis) != read.shape[1]:  # the matrix of the pooled vector, which comes first
-                read = functional.pad(null.pooled, (0, len(basis) - len(null.pooled)))[None]
-            seen.append(leakage(basis.cpu(), read))
-        return max(seen)
+        null, pooled_matrix = self._prompts.null, by_name(self._denoiser.family).pooled_matrix
+        seen = {}
+        for name, basis in edit.bases.items():
+            if id(basis) not in seen:
+                read = null.tokens
+                if name == pooled_matrix:  # which reads the pooled vector before anything else
+                    read = functional.pad(null.pooled, (0, len(basis) - len(null.pooled)))[None]
+                seen[id(basis)] = leakage(basis.cpu(), read)
+        return max(seen.values())
 
     def _movements(self, edit: LowRankEdit, checked: States) -> Iterator[str]:
         settings, denoiser, pairs = self._settings, self._denoiser, self._prompts.pairs

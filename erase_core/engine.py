@@ -189,8 +189,15 @@ def _pooled_edit(
     if vectors is None:
         return None
     name, held = by_name(run.denoiser.family).pooled_matrix, _held_exactly(run, prompts, exact)
-    matrix, rank = run.matrices[name], run.settings.rank
-    return solve_pooled(name, matrix, as_tokens(prompts), held, vectors, rank)
+    return solve_pooled(
+        name,
+        run.matrices[name],
+        as_tokens(prompts),
+        held,
+        vectors,
+        run.settings.rank,
+        run.settings.protection,
+    )
 
 
 def _held_exactly(run: Run, prompts: EncodedPrompts, exact: ExactSet) -> list[Encoded]:

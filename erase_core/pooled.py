@@ -117,6 +117,7 @@ def solve_pooled(
     exact: list[Encoded],
     moment: Tensor,
     rank: int,
+    ridge: float | None = None,
 ) -> PooledEdit | None:
     """The closed form for pooled vectors; None where what must stay leaves nothing to edit.
 
@@ -127,6 +128,8 @@ def solve_pooled(
         exact: the prompts among them that can't move.
         moment: second moment of what must stay, (size, size).
         rank: most columns for a concept.
+        ridge: the user's own; None for the strongest that keeps what can be attained, as nothing is
+            predicted here.
     """
     basis = torch.zeros(len(moment), 0, dtype=torch.float64)
     for prompt in exact:
@@ -137,8 +140,11 @@ def solve_pooled(
             return None
     weight = matrix[:, : len(moment)]
     regression = EditRegression(prompts.edits, basis, moment, {name: weight})
-    # Nothing is predicted here: the ridge is the strongest that keeps what can be attained.
-    choice = _end_of(strongest_that_moves(regression, rank, None))
+    if ridge is None:
+        choice = _end_of(strongest_that_moves(regression, rank, None))
+    else:
+        solution = regression.solve(ridge, rank)
+        choice = Choice(solution, ridge, solution.moved)
     return PooledEdit(name, choice, moment, weight, matrix.shape[1])
 
 

@@ -223,3 +223,15 @@ def test_a_file_can_leave_it_out(tmp_path):
     text = report_text(file.record)
     assert "left out of the file" in text and "pooled vector goes past" in text
     assert file.without_pooled() is file
+
+
+def test_the_users_protection_holds_it_back_too():
+    toy, changes = LabelToy(), []
+    cat = toy.encode(["a photo of a cat"])[0]
+    for protection in (0.1, 100.0):
+        settings = preset_settings(
+            "instant", concepts="cat => dog", captions=40, protection=protection
+        )
+        *_, finished = erase(settings, toy)
+        changes.append(float(toy.read_by_label(finished.erasure.edit(), cat).norm()))
+    assert changes[1] < 0.8 * changes[0]
