@@ -23,6 +23,9 @@ load_pack()
 
 import torch  # noqa: E402
 from concept_surgery.erase_core.closed_form import EditRegression, TokenEdit  # noqa: E402
+from concept_surgery.erase_core.denoiser import Encoded  # noqa: E402
+from concept_surgery.erase_core.encoded import EncodedPrompts  # noqa: E402
+from concept_surgery.erase_core.pooled import shrunk, solve_pooled  # noqa: E402
 from concept_surgery.erase_core.protection import strongest_that_moves  # noqa: E402
 from concept_surgery.erase_core.subspace import exact_set, leakage  # noqa: E402
 
@@ -32,6 +35,8 @@ THREADS, TOKENS, TEMPLATES, RANK = 1, 77, 12, 16
 SD15 = [320] * 10 + [640] * 10 + [1280] * 12
 SDXL = [640] * 20 + [1280] * 120
 MANY = (1, 10, 100)
+# SDXL's matrix that reads the pooled vector beside other numbers, and how much of it that is.
+POOLED_MATRIX, POOLED = (1280, 2816), 1280
 
 
 def matrices(rows: list[int], width: int) -> dict[str, torch.Tensor]:
@@ -43,16 +48,16 @@ def matrices(rows: list[int], width: int) -> dict[str, torch.Tensor]:
     }
 
 
-def edits(count: int, width: int) -> tuple[list[TokenEdit], torch.Tensor]:
+def edits(count: int, width: int, tokens: int = TOKENS) -> tuple[list[TokenEdit], torch.Tensor]:
     """Concepts and the null prompt: all prompts share a part at each position, as in CLIP."""
     generator = torch.Generator().manual_seed(1)
-    null = torch.randn(TOKENS, width, generator=generator)
+    null = torch.randn(tokens, width, generator=generator)
     prompts = []
     for _ in range(count):
         word = torch.randn(2, 1, width, generator=generator)
-        context = torch.rand(2, TEMPLATES * TOKENS, 1, generator=generator)
+        context = torch.rand(2, TEMPLATES * tokens, 1, generator=generator)
         shared = null.repeat(TEMPLATES, 1)
-        own = 0.2 * torch.randn(2, TEMPLATES * TOKENS, width, generator=generator)
+        own = 0.2 * torch.randn(2, TEMPLATES * tokens, width, generator=generator)
         prompts.append(TokenEdit(*(shared + context * word + own)))
     return prompts, null
 
@@ -72,7 +77,17 @@ class Stages:
         self.cpu[name] = round(time.process_time() - cpu, 2)
 
 
-def solve(rows: list[int], width: int, concepts: int) -> dict[str, Any]:
+def solve_vectors(concepts: int) -> None:
+    """The same for pooled vectors."""
+    concept_edits, null = edits(concepts, POOLED, tokens=1)
+    vectors = torch.randn(256, POOLED, generator=torch.Generator().manual_seed(3)).double()
+    prompts = EncodedPrompts([], concept_edits, Encoded(null), [], [])
+    matrix = next(iter(matrices([POOLED_MATRIX[0]], POOLED_MATRIX[1]).values()))
+    moment = shrunk(vectors.T @ vectors / len(vectors))
+    assert solve_pooled("pooled", matrix, prompts, [prompts.null], moment, RANK).edit()
+
+
+def solve(rows: list[int], width: int, concepts: int, pooled: bool = False) -> dict[str, Any]:
     """One instant erasure without its encoding: exact set, choice of the ridge, factors."""
     weights = matrices(rows, width)
     concept_edits, null = edits(concepts, width)
@@ -91,6 +106,9 @@ def solve(rows: list[int], width: int, concepts: int) -> dict[str, Any]:
             choice = end.value
     with stages.stage("factors"):
         factors = choice.solution.factors(weights)
+    if pooled:
+        with stages.stage("pooled vector"):
+            solve_vectors(concepts)
     columns = choice.solution.basis.shape[1]
     values = sum(factor.numel() + width * columns for factor in factors.values())
     return {
@@ -113,7 +131,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     result = {"threads": THREADS, "rank": RANK}
     result["SD1.5"] = [solve(SD15, 768, concepts) for concepts in MANY]
-    result["SDXL"] = [solve(SDXL, 2048, concepts) for concepts in MANY[:1]]
+    result["SDXL"] = [solve(SDXL, 2048, concepts, pooled=True) for concepts in MANY[:1]]
     for model in ("SD1.5", "SDXL"):
         for line in result[model]:
             print(model)
