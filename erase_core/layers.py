@@ -75,7 +75,7 @@ def matching(names: Iterable[str], rule: str) -> list[str]:
         example = f" Its matrices are named like {names[0]}." if names else ""
         raise LayerRuleError(
             f"The layers {rule!r} match none of the model's {len(names)} matrices. Choose one of: "
-            f"{rules}; or give a pattern of your own.{example}"
+            f"{rules}.{example}"
         )
     return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,11 @@ FEATURES = 128
 NAMES = (*OBJECT_NAMES, NOTHING)
 STEPS, BATCH, RATE = 1500, 64, 2e-3
 VARIANTS, DECODED = 32, 12
+NO_LABEL = -100  # what torch's cross entropy leaves out
 _CHUNK = 64
+
+# Pictures (B, 3, 64, 64) in 0..1, their names and their styles (B,).
+Labelled = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _stage(fan_in: int, size: int) -> list[nn.Module]:
@@ -96,6 +101,35 @@ def _spoil(pictures: torch.Tensor, stream: torch.Generator) -> torch.Tensor:
     return (pictures * gain.to(pictures)).clamp(0, 1)
 
 
+def fit(
+    model: Classifier,
+    draw: Callable[[], Labelled],
+    steps: int,
+    stream: torch.Generator,
+    log: Log,
+) -> Classifier:
+    """Train a judge on batches; what has no label counts nothing."""
+    model = model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.02)
+    clock = time.monotonic()
+    for step in range(steps):
+        set_rate(optimizer, cosine_rate(RATE, step, steps))
+        pictures, *labels = draw()
+        found = model(_spoil(vary_colours(pictures, stream), stream))
+        loss = sum(
+            functional.cross_entropy(scores, right.to(scores.device), label_smoothing=0.05)
+            for scores, right in zip(found, labels, strict=True)
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            seconds = (time.monotonic() - clock) / 100
+            log(f"step {step + 1}/{steps} loss {loss.item():.3f} {seconds:.2f} s/step")
+            clock = time.monotonic()
+    return model
+
+
 def train(steps: int = STEPS) -> None:
     """Train from the start; a few minutes."""
     if PATH.exists():
@@ -109,25 +143,15 @@ def train(steps: int = STEPS) -> None:
         pages = np.concatenate([pages, decoded(again, device).reshape(shape)], 2)
     nothing = np.broadcast_to(empty_page(), (1, *pages.shape[1:]))
     pages = np.concatenate([pages, nothing])
-    model = Classifier().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.02)
-    stream, clock = torch.Generator().manual_seed(2), time.monotonic()
-    for step in range(steps):
-        set_rate(optimizer, cosine_rate(RATE, step, steps))
+    stream = torch.Generator().manual_seed(2)
+
+    def draw() -> Labelled:
         places = [torch.randint(size, (BATCH,), generator=stream) for size in pages.shape[:3]]
         pictures = to_input(pages[tuple(place.numpy() for place in places)], device)
-        names, styles = model(_spoil(vary_colours(pictures, stream), stream))
-        loss = functional.cross_entropy(names, places[0].to(device), label_smoothing=0.05)
-        drawn = places[0] < len(OBJECT_NAMES)  # an empty page has no style
-        of_style = styles[drawn.to(device)], places[1][drawn].to(device)
-        loss = loss + functional.cross_entropy(*of_style, label_smoothing=0.05)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if (step + 1) % 100 == 0:
-            seconds = (time.monotonic() - clock) / 100
-            log(f"step {step + 1}/{steps} loss {loss.item():.3f} {seconds:.2f} s/step")
-            clock = time.monotonic()
+        styles = places[1].where(places[0] < len(OBJECT_NAMES), NO_LABEL)  # an empty page has none
+        return pictures, places[0], styles
+
+    model = fit(Classifier().to(device), draw, steps, stream, log)
     halves = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     save_file(halves, PATH)
     judge(log)
