@@ -23,6 +23,7 @@ from tools.environment import (
 )
 
 INTERRUPTED = 130
+PROCESSES = min(2, os.cpu_count() or 1)  # for the tests; each holds a host and its models
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,9 +63,11 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
 
 
 def _test(python: str, arguments: Sequence[str]) -> int:
-    # More than one thread makes these many small operations slower, not faster.
+    # More than one thread makes these many small operations slower, not faster; more than one
+    # process doesn't. A file's tests share what they trained, so they stay together.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    status = _call([python, "-m", "pytest", *arguments], environment)
+    side_by_side = () if arguments else ("-n", str(PROCESSES), "--dist", "loadfile")
+    status = _call([python, "-m", "pytest", *side_by_side, *arguments], environment)
     print(f"Logs of the hosts that the tests started: {BUILD / 'logs'}", flush=True)
     return status
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def write_checkpoint(
         for name, value in autoencoder_tensors(autoencoder).items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # two may write it at once
     halves = {name: value.detach().half().contiguous() for name, value in tensors.items()}
     save_file(halves, partial, metadata={_LABEL: label})
     partial.replace(path)

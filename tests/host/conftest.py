@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     host = ComfyHost(
         tmp_path_factory.mktemp("host"),
         checkpoints=[checkpoint],
-        log=BUILD / "logs" / "host-tests.log",
+        log=BUILD / "logs" / f"host-tests-{os.environ.get('PYTEST_XDIST_WORKER', 'all')}.log",
     )
     host.extra(PROBE_PACK)
     with host:
