@@ -109,3 +109,12 @@ def test_columns_beyond_the_tensors_are_refused(erasure):
     record["concepts"][1]["columns"] = [2, erasure.rank + 1]
     with pytest.raises(ErasureFileError, match=r"concepts\[1\].columns"):
         read(erasure, record)
+
+
+def test_a_file_from_before_the_pooled_vector_was_edited_is_read(erasure):
+    measures = {**erasure.record["measures"], "pooled": {"leak": 0.02, "moved_swapped": 0.9}}
+    record = {**erasure.record, "version": "0.4.0", "measures": measures}
+    assert "pooled vector goes past" in report_text(read(erasure, record).record)
+    measures["pooled"]["left"] = "little"
+    with pytest.raises(ErasureFileError, match="measures.pooled.left"):
+        read(erasure, record)
