@@ -1,0 +1,50 @@
+"""SDXL, shrunken, beside a text encoder that was trained: how far both forms go and what stays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from concept_surgery.nodes.apply import apply_erasure
+from concept_surgery.nodes.host import encode_prompts
+from concept_surgery.nodes.store import LanguageStore
+
+from .encoder import RememberingClip
+from .small import load_family
+from .test_families import relative_change
+from .test_unnamed import KEPT, check_a_twentieth, train
+from .trained_encoder import trained_sdxl_encoder
+
+# Keys and values of many layers have farther to go than the one matrix of SD3 and Flux.
+SETTINGS = {"captions": 300, "trajectories": 8}
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    model, _ = load_family("sdxl")
+    with torch.inference_mode():
+        return model, RememberingClip(trained_sdxl_encoder(model.model.model_config))
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    return LanguageStore(tmp_path_factory.mktemp("language"))
+
+
+def test_the_hard_form_moves_nine_tenths_and_the_pooled_vector_brings_nothing_back(sdxl, language):
+    model, clip = sdxl
+    erasure = train(model, clip, language, **SETTINGS, steps=24)
+    measures = erasure.record["measures"]
+    assert measures["moved_held_out"]["overall"] >= 0.9
+    assert measures["moved_sampled"]["overall"] >= 0.8
+    assert measures["pooled"]["leak"] > 0.005
+    assert measures["pooled"]["left"] < 0.15 * measures["pooled"]["leak"]
+    edited = apply_erasure(model, erasure, 1.0)
+    null, kept = encode_prompts(clip, ["", KEPT], pooled=True)
+    for prompt in (null, null.zeroed(), kept):
+        assert relative_change(model, edited, prompt) <= 1e-5
+
+
+def test_the_soft_form_moves_nine_tenths_and_what_nobody_named_a_twentieth(sdxl, language):
+    model, clip = sdxl
+    erasure = train(model, clip, language, **SETTINGS, form="soft", steps=60)
+    check_a_twentieth(model, clip, erasure, (0.5, 2.0, 8.0))
