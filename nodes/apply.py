@@ -156,11 +156,14 @@ def mismatches(model, erasure: Erasure, clip, name: str) -> list[str]:
         if not same_fingerprint(erasure.record["text_encoder"], fingerprint({"null": null})):
             keys = _matching_keys(model, erasure)
             readers = {name: key for name, key in keys.items() if reads_prompt(name)}
-            drift = key_value_drift(erasure.edit(), original_weights(model, readers), null)
-            warnings.append(
-                f"The erasure of {erasure.concept!r} was made with another text encoder: with this "
-                f"one the null prompt moves by {drift:.2%}, so other pictures change too."
-            )
+            text = f"The erasure of {erasure.concept!r} was made with another text encoder: "
+            if readers:
+                drift = key_value_drift(erasure.edit(), original_weights(model, readers), null)
+                text += f"with this one the null prompt moves by {drift:.2%}, so other pictures "
+                text += "change too."
+            else:
+                text += "what it changes besides isn't known."
+            warnings.append(text)
     return warnings
 
 
