@@ -56,7 +56,7 @@ def harmonic_mean(values: Sequence[float]) -> float:
 
 
 def bootstrap(
-    clusters: Sequence[Sequence[float]],
+    clusters: Sequence[Sequence[float] | Sequence[tuple[float, ...]]],
     statistic: Callable[[np.ndarray], float] = np.mean,
     draws: int = 2000,
     seed: int = 0,
@@ -67,7 +67,8 @@ def bootstrap(
     independent, so they are never drawn one by one.
 
     Args:
-        clusters: the values of each erasure, one for each seed.
+        clusters: the values of each erasure, one for each seed; or rows of several.
+        statistic: of the erasures' means, (erasures,) or (erasures, columns).
 
     Returns:
         The value, the 2.5th and the 97.5th percentile.
@@ -78,15 +79,20 @@ def bootstrap(
     clusters = [np.asarray(values, dtype=float) for values in clusters if len(values)]
     if not clusters:
         raise ValueError("bootstrap needs at least one value.")
-    value = float(statistic(np.array([values.mean() for values in clusters])))
+    value = float(statistic(np.array([values.mean(0) for values in clusters])))
     generator = np.random.default_rng(seed)
     found = np.empty(draws)
     for draw in range(draws):
         chosen = generator.integers(len(clusters), size=len(clusters))
-        means = [generator.choice(clusters[c], len(clusters[c])).mean() for c in chosen]
+        means = [generator.choice(clusters[c], len(clusters[c])).mean(0) for c in chosen]
         found[draw] = statistic(np.array(means))
     low, high = np.percentile(found, (2.5, 97.5))
     return value, float(low), float(high)
+
+
+def ratio_of_means(means: np.ndarray) -> float:
+    """Of rows (n, 2): what is left of the second in the first, over all."""
+    return float(means[:, 0].mean() / means[:, 1].mean())
 
 
 def measures(groups: Mapping[str, Mapping[str, Sequence]], kind: str) -> dict[str, float | None]:

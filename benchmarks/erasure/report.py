@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.erasure.cases import REPORTED
-from benchmarks.erasure.metrics import bootstrap, measured, rounded
+from benchmarks.erasure.metrics import bootstrap, measured, ratio_of_means, rounded
 from benchmarks.erasure.results import LINES, RESULTS, Cache
 
 SUMMARY, TABLE = RESULTS / "erasure.json", RESULTS / "erasure.md"
@@ -18,6 +18,7 @@ PLOTS = {"retention": RESULTS / "erasure_retention.svg", "cost": RESULTS / "eras
 COLUMNS = {
     "UA": "UA",
     "UA_intact": "UA, intact",
+    "integrity": "integrity",
     "replaced": "replaced",
     "synonym_gone": "synonyms",
     "from_a_picture_gone": "from a picture",
@@ -76,6 +77,11 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             clusters = _clusters(own, lambda line, name=name: line["measures"].get(name))
             if clusters:
                 row[name] = bootstrap(clusters)
+        # Intact pictures of the erased prompts over those of the untouched model's. Of all erasures
+        # together: of one, each is a few pictures.
+        both = _clusters(own, lambda line: _intact(line["measures"]))
+        if both:
+            row["integrity"] = bootstrap(both, ratio_of_means)
         clusters = _clusters(own, lambda line: max(line["null_drift"].values()))
         row["null_drift"] = max(max(values) for values in clusters)
         for name in COSTS:
@@ -191,6 +197,11 @@ def plots(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         "retention": scatter(retention, "erased and intact (UA)", "other objects kept (IRA)"),
         "cost": scatter(cost, "forward-equivalents", "H", logarithmic=True),
     }
+
+
+def _intact(measures: Mapping[str, Any]) -> tuple[float, float] | None:
+    pair = measures.get("intact"), measures.get("intact_before")
+    return None if None in pair else pair
 
 
 def _by_case(lines: Lines) -> dict[str, list[Mapping[str, Any]]]:

@@ -167,6 +167,15 @@ def test_bootstrap_draws_erasures_not_pictures() -> None:
         metrics.bootstrap([[]])
 
 
+def test_integrity_is_of_all_erasures_together() -> None:
+    """Not the mean of 2 and 0.5: an erasure with few intact pictures before counts as few."""
+    pairs = [[(0.2, 0.1)], [(0.4, 0.8), (0.4, 0.8)]]
+    value, low, high = metrics.bootstrap(pairs, metrics.ratio_of_means)
+    assert value == pytest.approx(0.6 / 0.9) and (low, high) == pytest.approx((0.5, 2.0))
+    lines = [_line("cat", "a", 0, intact=0.2, intact_before=0.1), _line("dog", "a", 0, H=1.0)]
+    assert report.summarise(lines)["a"]["integrity"][0] == pytest.approx(2)
+
+
 def test_the_cache_resumes_and_tells_settings_apart(tmp_path) -> None:
     path = tmp_path / "lines.jsonl"
     of = {"model": "m", "settings": {"rate": 1, "steps": 2}, "seed": 0}

@@ -81,24 +81,27 @@ def partly_denoised(
     denoiser: Denoiser,
     noise: Tensor,
     null: Encoded,
-    prompt: Encoded,
+    prompts: Sequence[Encoded],
     sigmas: Tensor,
-    stop: int,
+    stops: Sequence[int],
     guidance: float,
     edit: LowRankEdit | None = None,
     bfloat16: bool = False,
 ) -> Tensor:
-    """Latents (n, c, h, w) after ``stop`` guided Euler steps, at noise level ``sigmas[stop]``.
+    """Latents (n, c, h, w) after ``stops`` guided Euler steps each, at levels ``sigmas[stops]``.
 
-    With eta 0, DDIM is Euler's method in these units.
+    With eta 0, DDIM is Euler's method in these units. Those that are done are asked nothing more,
+    so the cost is theirs one by one.
     """
-    count = len(noise)
     x = denoiser.noisy_latent(noise, sigmas[0])
-    prompts = [null] * count + [prompt] * count
     with torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext():
-        for sigma, after in zip(sigmas[:stop], sigmas[1 : stop + 1], strict=True):
-            both = denoiser.predict_x0(x.repeat(2, 1, 1, 1), sigma.repeat(2 * count), prompts, edit)
-            x = euler_step(x, *both.chunk(2), sigma, after, guidance)
+        for step in range(max(stops)):
+            going = [n for n, stop in enumerate(stops) if stop > step]
+            asked = [null] * len(going) + [prompts[n] for n in going]
+            sigma, after = sigmas[step], sigmas[step + 1]
+            now = x[going].repeat(2, 1, 1, 1)
+            both = denoiser.predict_x0(now, sigma.repeat(len(now)), asked, edit)
+            x[going] = euler_step(x[going], *both.chunk(2), sigma, after, guidance)
     return x
 
 

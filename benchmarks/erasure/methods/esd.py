@@ -8,11 +8,12 @@ prompts. Biases stay as they are: only matrices can be edited here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from concept_surgery.erase_core.denoiser import Denoiser
+from concept_surgery.erase_core.denoiser import Denoiser, Encoded
+from torch import Tensor
 
 from benchmarks.erasure.cases import Case
 from benchmarks.erasure.methods.base import (
@@ -24,28 +25,15 @@ from benchmarks.erasure.methods.base import (
     whole_matrices,
 )
 
+AT_ONCE = 50  # trajectories of the frozen model, which don't wait for each other
+
 
 def train(denoiser: Denoiser, case: Case, seed: int, settings: Mapping[str, Any]) -> Outcome:
     """``settings``: steps, rate, eta, guidance and sampling_steps of the trajectories."""
-    generator = torch.Generator().manual_seed(seed)
     edit = whole_matrices(denoiser.matrices())
     optimiser = torch.optim.Adam(list(edit.factors.values()), settings["rate"])
-    sigmas = denoiser.sigmas(settings["sampling_steps"])
-    null, *concepts = denoiser.encode(["", *case.erased])
-    shape, losses = denoiser.latent_shape(64), []
-    for step in range(settings["steps"]):
-        concept = in_turn(concepts, step)
-        stop = int(torch.randint(settings["sampling_steps"], (1,), generator=generator))
-        x = partly_denoised(
-            denoiser,
-            torch.randn(1, *shape, generator=generator),
-            *(null, concept, sigmas, stop, settings["guidance"]),
-            bfloat16=True,
-        )
-        sigma = sigmas[stop].view(1)
-        with torch.no_grad():
-            eps = predict_eps(denoiser, x.repeat(2, 1, 1, 1), sigma.repeat(2), [null, concept])
-        target = eps[:1] - settings["eta"] * (eps[1:] - eps[:1])
+    losses = []
+    for x, sigma, concept, target in frozen_states(denoiser, case, seed, settings):
         loss = (predict_eps(denoiser, x, sigma, [concept], edit) - target).square().mean()
         optimiser.zero_grad()
         loss.backward()
@@ -53,6 +41,38 @@ def train(denoiser: Denoiser, case: Case, seed: int, settings: Mapping[str, Any]
         losses.append(loss.item())
     last = losses[-20:]
     return Outcome(edit.to("cpu"), {"loss": sum(last) / len(last)})
+
+
+def frozen_states(
+    denoiser: Denoiser, case: Case, seed: int, settings: Mapping[str, Any]
+) -> Iterator[tuple[Tensor, Tensor, Encoded, Tensor]]:
+    """For each step a latent (1, c, h, w), its noise level (1,), the concept and the target."""
+    generator = torch.Generator().manual_seed(seed)
+    sigmas, shape = denoiser.sigmas(settings["sampling_steps"]), denoiser.latent_shape(64)
+    null, *concepts = denoiser.encode(["", *case.erased])
+    asked = [in_turn(concepts, step) for step in range(settings["steps"])]
+    draws = [
+        (
+            int(torch.randint(settings["sampling_steps"], (1,), generator=generator)),
+            torch.randn(1, *shape, generator=generator),
+        )
+        for _ in asked
+    ]
+    for begin in range(0, len(asked), AT_ONCE):
+        prompts = asked[begin : begin + AT_ONCE]
+        stops, noise = zip(*draws[begin : begin + AT_ONCE], strict=True)
+        x = partly_denoised(
+            *(denoiser, torch.cat(noise), null, prompts, sigmas, stops, settings["guidance"]),
+            bfloat16=True,
+        )
+        sigma = sigmas[list(stops)]
+        with torch.no_grad():
+            both = [null] * len(x) + prompts
+            plain, towards = predict_eps(
+                denoiser, x.repeat(2, 1, 1, 1), sigma.repeat(2), both
+            ).chunk(2)
+        targets = plain - settings["eta"] * (towards - plain)
+        yield from zip(x.split(1), sigma.split(1), prompts, targets.split(1), strict=True)
 
 
 PUBLISHED = {"steps": 200, "rate": 5e-5, "eta": 1.0, "guidance": 3.0, "sampling_steps": 50}

@@ -37,7 +37,7 @@ def train(denoiser: Denoiser, case: Case, seed: int, settings: Mapping[str, Any]
         x = partly_denoised(
             denoiser,
             torch.randn(count, *shape, generator=generator),
-            *(null, concept, sigmas, stop, settings["guidance"]),
+            *(null, [concept] * count, sigmas, [stop] * count, settings["guidance"]),
             edit=lora.edit(),
             bfloat16=True,
         )
