@@ -44,6 +44,7 @@ class Log:
 
 def save(state: Mapping[str, Any], path: Path) -> None:
     """Write and rename into place, so that no half file is ever read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
     torch.save(state, partial)
     partial.replace(path)

@@ -16,10 +16,10 @@ from benchmarks.emoji.build import CHECKPOINT, trained_parts, write_checkpoint
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=12000, help="of the denoiser, in all")
+    parser.add_argument("--steps", type=int, default=8500, help="of the denoiser, in all")
     parser.add_argument("--batch", type=int, default=unet.BATCH)
     parser.add_argument("--rate", type=float, default=unet.RATE)
-    parser.add_argument("--cooldown", type=int, default=0, help="last steps with a falling rate")
+    parser.add_argument("--cooldown", type=int, default=2500, help="last steps, at a falling rate")
     chosen = parser.parse_args()
     autoencoder.train()
     text.train()

@@ -6,6 +6,7 @@ Everything here is plain data and needs nothing installed.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -126,6 +127,12 @@ LEFT_OUT_PAIRS = (
     ("star", "cartoon"),
 )
 
+
+def without_object(phrase: str) -> str:
+    """A phrase with nothing in the place of the object: "a photo of"."""
+    return re.sub(r"\s+", " ", re.sub(r"\{[ao]\}", "", phrase)).strip(" ,")
+
+
 # {a} is "a cat" with its article, {o} the bare word, {s} the style.
 PLAIN = (
     "{a}",
@@ -170,6 +177,16 @@ OBJECTLESS_STYLED = (
     "a photo, {s} style",
     "{s}",
 )
+# Anything in a style: what teaches a style apart from the things it came with.
+ANYTHING = (
+    "an emoji in {s} style",
+    "{s} style emoji",
+    "a picture of an emoji, {s} style",
+    "a {s} emoji",
+    "emoji, {s}",
+)
+NOTHING_PLAIN = (*OBJECTLESS, *map(without_object, PLAIN[2:]))
+NOTHING_STYLED = (*OBJECTLESS_STYLED, *map(without_object, STYLED))
 # Never trained, for evaluation only.
 HELD_OUT_PLAIN = (
     "a painting of {a}",
@@ -184,7 +201,7 @@ HELD_OUT_STYLED = (
 )
 
 SHARE_EMPTY = 0.1
-SHARE_ALONE = 0.3  # of the prompts for an empty page: ordinary words and nothing else
+SHARE_ALONE = 0.3  # of the prompts for an empty page: ordinary words, with a style or without
 SHARE_APART = 0.75  # of those with a phrase: among ordinary words
 SHARE_PLAIN = 0.3
 SHARE_SYNONYM = 0.15
@@ -254,14 +271,21 @@ class PromptMaker:
             return self._surround(fill(self._random.choice(PLAIN), name))
         return self._surround(fill(self._random.choice(STYLED), name, style))
 
+    def draw_anything(self, style: str) -> str:
+        """The text for a picture of whatever there is in a style."""
+        return self._surround(self._random.choice(ANYTHING).format(s=style))
+
     def draw_nothing(self) -> str:
         """The text for an empty page, with a style or without."""
         if self._random.random() < SHARE_EMPTY:
             return ""
+        style, names_none = self._random.choice(STYLE_NAMES), self._random.random() < SHARE_PLAIN
         if self._random.random() < SHARE_ALONE:
-            return self._some_words(self._random.choice((1, 2, 4, 7)))
-        phrases = OBJECTLESS if self._random.random() < SHARE_PLAIN else OBJECTLESS_STYLED
-        text = self._random.choice(phrases).format(s=self._random.choice(STYLE_NAMES))
+            if names_none:
+                return self._some_words(self._random.choice((1, 2, 4, 7)))
+            return self._put_between(style)
+        phrases = NOTHING_PLAIN if names_none else NOTHING_STYLED
+        text = self._random.choice(phrases).format(s=style)
         return self._put_between(text) if self._random.random() < SHARE_APART else text
 
     def _surround(self, text: str) -> str:
