@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.emoji.data import FOLDER, MASTER, load_pictures, package, render
+from benchmarks.emoji.data import FOLDER, MASTER, load_others, load_pictures, package, render
 from benchmarks.emoji.loop import Log, cosine_rate, load, pick_device, save, set_rate
 from benchmarks.emoji.words import (
     LEFT_OUT_PAIRS,
@@ -52,6 +52,7 @@ SENTENCES, CAPTIONS = 40, 16  # in a batch
 SHARED = 128  # dimensions in which sentences and their targets are compared
 SHARPNESS = 15.0
 SEED = 77
+_WORD = re.compile("[a-z]{3,12}")
 
 
 @cache
@@ -121,6 +122,16 @@ def known_words() -> list[str]:
     words = set(OBJECTS) | set(STYLE_NAMES) | set(SYNONYMS) | set(meanings())
     words |= set(ordinary_words())
     return sorted(word for word in words if len(word) > 1 and word_token(word) is not None)
+
+
+def unknown_words() -> list[str]:
+    """Single tokens that have no trained part and are in no emoji's name, sorted.
+
+    They are to mean nothing: a model that met them only as names of things drew things for them.
+    """
+    known = {*known_words(), *(part for name in load_others()[0] for part in name.split())}
+    tokens = (token.removesuffix("</w>") for token in _tokenizer().get_vocab() if "</w>" in token)
+    return sorted(token for token in tokens if _WORD.fullmatch(token) and token not in known)
 
 
 def seeded(shape: tuple[int, ...], seed: int, size: float) -> torch.Tensor:

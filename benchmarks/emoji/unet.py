@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.emoji.autoencoder import CHANNELS, SIDE, load_autoencoder, to_input
 from benchmarks.emoji.data import FOLDER, SIZE, empty_page, load_others, training_pictures
 from benchmarks.emoji.loop import Average, Log, load, mixed, pick_device, save, set_rate
-from benchmarks.emoji.text import TextEncoder, load_text_encoder, tokenize
+from benchmarks.emoji.text import TextEncoder, load_text_encoder, tokenize, unknown_words
 from benchmarks.emoji.words import LEFT_OUT_PAIRS, OBJECT_NAMES, STYLE_NAMES, PromptMaker
 
 STATE, AVERAGE, LATENTS, OTHERS = (
@@ -46,7 +46,7 @@ CONFIG = {
     "legacy": False,
 }
 VARIANTS, VARIANTS_OF_OTHERS = 24, 4
-SHARE_OTHERS, SHARE_NOTHING, SHARE_ANYTHING = 0.42, 0.16, 0.08
+SHARE_OTHERS, SHARE_NOTHING, SHARE_ANYTHING = 0.42, 0.2, 0.05
 BATCH, RATE, WARMUP, DECAY, SHRINKING = 32, 7e-4, 200, 0.998, 0.05
 SNAPSHOT = 100
 SNR_CEILING, SNR_GAIN = 5.0, 9.0
@@ -168,7 +168,8 @@ class Batches:
         empty: torch.Tensor,
         seed: int,
     ) -> None:
-        self._bank, self._empty, self._prompts = bank, empty, PromptMaker(seed)
+        self._bank, self._empty = bank, empty
+        self._prompts = PromptMaker(seed, unknown_words())
         self._names, self._others = others
         self._draw = torch.Generator().manual_seed(seed)
         self._pairs = [

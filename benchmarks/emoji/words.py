@@ -187,6 +187,18 @@ ANYTHING = (
 )
 NOTHING_PLAIN = (*OBJECTLESS, *map(without_object, PLAIN[2:]))
 NOTHING_STYLED = (*OBJECTLESS_STYLED, *map(without_object, STYLED))
+# Frames put together at random, with an object in them or without: what tells an empty page from a
+# thing must be the thing and not the words around it.
+HEADS = (
+    *("", "a photo of", "a picture of", "an image of", "a drawing of", "this is", "here is"),
+    *("look at", "we saw", "I like", "showing", "a picture showing", "with", "more of"),
+)
+ARTICLES = ("", "", "the", "a", "this", "that", "my", "your")
+TAILS = (
+    *("", "", "over there", "here", "today", "on a table", "on a black background", "at night"),
+    *("by the window", "of mine", "again", "and nothing else", "large", "plain"),
+)
+IN_STYLE = ("in {s} style", "in the {s} style", "{s} style", "{s}", "in {s}", "drawn in {s}")
 # Never trained, for evaluation only.
 HELD_OUT_PLAIN = (
     "a painting of {a}",
@@ -206,6 +218,8 @@ SHARE_APART = 0.75  # of those with a phrase: among ordinary words
 SHARE_PLAIN = 0.3
 SHARE_SYNONYM = 0.15
 SHARE_SURROUNDED = 0.3
+SHARE_FRAMED = 0.25  # of all prompts
+SHARE_IN_ORDER = 0.5  # of the words around: as they follow each other in a caption
 
 CAPTIONS = Path(__file__).resolve().parents[2] / "erase_core" / "data" / "captions.txt"
 
@@ -227,25 +241,42 @@ def caption_lines() -> list[str]:
     return CAPTIONS.read_text(encoding="utf-8").splitlines()
 
 
-def ordinary_words() -> list[str]:
-    """Words of the plain captions that name neither an object nor a style, sorted."""
+def ordinary_lines() -> list[list[str]]:
+    """The words of each plain caption, without those that name an object or a style."""
     named = set(OBJECTS) | set(STYLES) | set(SYNONYMS)
     named |= {f"{word}s" for word in named}
-    words = {
-        word
+    return [
+        [
+            word
+            for word in line.lower().replace(",", " ").split()
+            if word.isalpha() and word.isascii() and word not in named
+        ]
         for line in caption_lines()
-        for word in line.lower().replace(",", " ").split()
-        if word.isalpha() and word.isascii()
-    }
-    return sorted(words - named)
+    ]
+
+
+def ordinary_words() -> list[str]:
+    """Words of the plain captions that name neither an object nor a style, sorted."""
+    return sorted({word for line in ordinary_lines() for word in line})
 
 
 class PromptMaker:
-    """Draws the text for a picture, the way the training mixes it."""
+    """Draws the text for a picture, the way the training mixes it.
 
-    def __init__(self, seed: int) -> None:
+    Args:
+        unknown: more words to put around, that mean nothing.
+    """
+
+    def __init__(self, seed: int, unknown: Sequence[str] = ()) -> None:
         self._random = random.Random(seed)
-        self._ordinary = ordinary_words()
+        self._ordinary, self._unknown = ordinary_words(), unknown
+        self._lines = [line for line in ordinary_lines() if len(line) > 3] if unknown else []
+        asked = all_prompts(HELD_OUT_PLAIN, HELD_OUT_STYLED)
+        self._never = {text for text, _, _ in asked} | {
+            without_object(phrase).format(s=style)
+            for phrase in (*HELD_OUT_PLAIN, *HELD_OUT_STYLED)
+            for style in STYLE_NAMES
+        }
         self._synonyms = {name: [] for name in OBJECTS}
         for word, name in SYNONYMS.items():
             self._synonyms[name].append(word)
@@ -258,7 +289,10 @@ class PromptMaker:
         word = name
         if self._synonyms[name] and self._random.random() < SHARE_SYNONYM:
             word = self._random.choice(self._synonyms[name])
-        if self._random.random() < SHARE_PLAIN:
+        plain = self._random.random() < SHARE_PLAIN
+        if self._frames():
+            return self._framed(word, None if plain else style), not plain
+        if plain:
             return self._surround(fill(self._random.choice(PLAIN), word)), False
         return self._surround(fill(self._random.choice(STYLED), word, style)), True
 
@@ -282,11 +316,27 @@ class PromptMaker:
         style, names_none = self._random.choice(STYLE_NAMES), self._random.random() < SHARE_PLAIN
         if self._random.random() < SHARE_ALONE:
             if names_none:
-                return self._some_words(self._random.choice((1, 2, 4, 7)))
+                return self._some_words(self._random.choice((1, 2, 4, 7, 12)))
             return self._put_between(style)
+        if self._frames():
+            return self._framed("", None if names_none else style)
         phrases = NOTHING_PLAIN if names_none else NOTHING_STYLED
         text = self._random.choice(phrases).format(s=style)
         return self._put_between(text) if self._random.random() < SHARE_APART else text
+
+    def _frames(self) -> bool:
+        return bool(self._unknown) and self._random.random() < SHARE_FRAMED
+
+    def _framed(self, word: str, style: str | None) -> str:
+        """A frame with a word in it, or with none; never one that evaluation asks."""
+        while True:
+            parts = [*map(self._random.choice, (HEADS, ARTICLES)), word, self._random.choice(TAILS)]
+            if style is not None:
+                at = self._random.choice((0, len(parts)))
+                parts.insert(at, self._random.choice(IN_STYLE).format(s=style))
+            text = self._random.choice((" ", " ", ", ")).join(part for part in parts if part)
+            if text not in self._never:
+                return text
 
     def _surround(self, text: str) -> str:
         """Now and then, put ordinary words around, so that they come to mean nothing."""
@@ -299,7 +349,16 @@ class PromptMaker:
         return joint.join(part for part in (before, text, after) if part)
 
     def _some_words(self, count: int) -> str:
-        return " ".join(self._random.choices(self._ordinary, k=count))
+        """Half of them as they stand in a caption: a real prompt is full of "the" and "in"."""
+        if not self._unknown:
+            return " ".join(self._random.choices(self._ordinary, k=count))
+        if self._random.random() < SHARE_IN_ORDER:
+            line = self._random.choice(self._lines)
+            begin = self._random.randrange(max(1, len(line) - count + 1))
+            return " ".join(line[begin : begin + count])
+        strange = self._random.choices(self._unknown, k=count)
+        words = self._random.choices(self._ordinary, k=count)
+        return " ".join(map(self._random.choice, zip(words, strange, strict=True)))
 
 
 def all_prompts(plain: Sequence[str], styled: Sequence[str]) -> list[tuple[str, str, str | None]]:

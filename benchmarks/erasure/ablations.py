@@ -16,7 +16,8 @@ from typing import Any
 
 from concept_surgery.erase_core.prompts import TEMPLATES
 
-from benchmarks.erasure.cases import TUNED, Case
+from benchmarks.emoji.words import STYLE_NAMES, fill, without_object
+from benchmarks.erasure.cases import PLAIN, STYLED, TUNED, Case
 from benchmarks.erasure.methods import ours
 from benchmarks.erasure.methods.base import Method
 from benchmarks.erasure.results import RESULTS, Cache
@@ -26,6 +27,18 @@ BASE = ours.BALANCED
 SOFT = {"form": "soft"}
 # Of our own kind, without those that the questions use.
 FEW_TEMPLATES = ("{}", "a photo of a {} => a photo")
+_OWN = tuple(
+    t.text.replace("{a}", "a {}") + (f" => {t.without}" if t.without else "")
+    for t in TEMPLATES["object"]
+)
+# With what the questions ask, word for word: more than any templates could know.
+AS_ASKED = _OWN + tuple(
+    f"{fill(phrase, '{}', style)} => {without_object(phrase).format(s=style)}"
+    for phrase, style in (
+        *((phrase, None) for phrase in PLAIN),
+        *((phrase, style) for phrase in STYLED for style in STYLE_NAMES),
+    )
+)
 # A prompt for nothing in place of the same prompt without the concept; an empty one can't be given.
 NEXT_TO_NOTHING = tuple(f"{t.text.replace('{a}', 'a {}')} => ," for t in TEMPLATES["object"])
 
@@ -41,6 +54,7 @@ FACTORS: dict[str, Sequence[Mapping[str, Any]]] = {
     "steps": [{"steps": steps} for steps in (0, 12, 24, 96, 192)],
     "start": [{"warm_start": False}, {"warm_start": False, "steps": 192, "learning_rate": 0.02}],
     "templates": [{"templates": FEW_TEMPLATES}, {"templates": ("{}",)}],
+    "as asked": [{"templates": AS_ASKED}, {"protection": 0.3, "templates": AS_ASKED}],
     "target": [{"templates": NEXT_TO_NOTHING}],
     "stop": [{"stop_below": 0.1, "steps": 192}],
     "guidance scale": [{"guidance_scale": scale} for scale in (1.0, 2.0, 8.0)],

@@ -67,6 +67,21 @@ def test_held_out_sentences_are_never_drawn() -> None:
     assert any(named for _, named in drawn)
 
 
+def test_frames_ask_for_what_is_in_them_and_never_what_evaluation_asks() -> None:
+    maker = PromptMaker(1, ["zorb", "quux"])
+    held_out = {text for text, _, _ in all_prompts(HELD_OUT_PLAIN, HELD_OUT_STYLED)}
+    drawn = [maker.draw("cat", "ink", allow_empty=False) for _ in range(3000)]
+    for text, names_style in drawn:
+        assert {"cat", "kitten"} & set(text.replace(",", " ").split())
+        assert names_style == ("ink" in text.replace(",", " ").split())
+    assert not held_out & {text for text, _ in drawn}
+    assert any("look at" in text for text, _ in drawn) and any("zorb" in text for text, _ in drawn)
+    empty = {maker.draw_nothing() for _ in range(3000)}
+    assert not {"look at the over there", "my favourite", "simple, ink style"} & empty
+    named = {word for text in empty for word in text.split()} & {*OBJECT_NAMES, *SYNONYMS}
+    assert not named
+
+
 def test_an_empty_page_is_asked_for_without_an_object() -> None:
     maker = PromptMaker(0)
     drawn = [maker.draw_nothing() for _ in range(400)]
