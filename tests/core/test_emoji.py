@@ -149,6 +149,26 @@ def test_the_committed_weights_are_small() -> None:
     assert sum(path.stat().st_size for path in WEIGHTS.parent.iterdir()) <= 30 * 2**20
 
 
+def test_the_text_encoder_composes_the_pairs_that_were_left_out() -> None:
+    """A linear map that was fitted on the other pairs reads object and style from its end token.
+
+    So where the denoiser draws them in another style, it isn't for want of being told.
+    """
+    pairs = [(name, style) for name in OBJECT_NAMES for style in STYLE_NAMES]
+    tokens = tokenize([fill("a picture of {a}, {s} style", *pair) for pair in pairs])
+    with torch.no_grad():
+        states = unpack(load_file(WEIGHTS))[1](tokens)
+    points = states[torch.arange(len(tokens)), (tokens == END).int().argmax(1)].double()
+    new = torch.tensor([pair in LEFT_OUT_PAIRS for pair in pairs])
+    seen = points[~new] - points[~new].mean(0)
+    inner = seen.T @ seen + 10 * torch.eye(seen.shape[1])
+    for place, names in enumerate((OBJECT_NAMES, STYLE_NAMES)):
+        labels = torch.tensor([names.index(pair[place]) for pair in pairs])
+        wanted = torch.nn.functional.one_hot(labels[~new], len(names)).double() - 1 / len(names)
+        found = (points[new] - points[~new].mean(0)) @ torch.linalg.solve(inner, seen.T @ wanted)
+        assert (found.argmax(1) == labels[new]).all()
+
+
 def test_related_words_are_nearer_than_unrelated_ones() -> None:
     """In what the committed encoder says at the end of a prompt, as the denoiser reads it."""
     tokens = tokenize([fill("{a}", name) for name in OBJECT_NAMES])
