@@ -47,7 +47,7 @@ CONFIG = {
 }
 VARIANTS, VARIANTS_OF_OTHERS = 24, 4
 SHARE_OTHERS, SHARE_NOTHING, SHARE_ANYTHING = 0.42, 0.2, 0.05
-BATCH, RATE, WARMUP, DECAY, SHRINKING = 32, 7e-4, 200, 0.998, 0.05
+BATCH, RATE, WARMUP, DECAY, WEIGHT_DECAY = 32, 7e-4, 200, 0.998, 0.05
 SNAPSHOT = 100
 SNR_CEILING, SNR_GAIN = 5.0, 9.0
 _CACHED_PROMPTS = 8000
@@ -158,7 +158,7 @@ class Batches:
 
     A share shows something else than the objects: a style that comes with hundreds of things is
     learned as a style, where sixty could be learned by heart one by one. Another share names the
-    style alone, over any of the pictures. A third is empty, for the prompts that name nothing.
+    style alone, over any of the pictures. Yet another is empty, for prompts that name nothing.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ def train(steps: int, batch: int = BATCH, rate: float = RATE, cooldown: int = 0)
     model = build_unet().to(device, memory_format=torch.channels_last).train()
     average = Average(model, DECAY)
     optimizer = torch.optim.AdamW(
-        model.parameters(), rate, betas=(0.9, 0.99), weight_decay=SHRINKING, fused=True
+        model.parameters(), rate, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY, fused=True
     )
     begin, state = 0, load(STATE)
     if state is not None:

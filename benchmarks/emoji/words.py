@@ -218,7 +218,7 @@ SHARE_APART = 0.75  # of those with a phrase: among ordinary words
 SHARE_PLAIN = 0.3
 SHARE_SYNONYM = 0.15
 SHARE_SURROUNDED = 0.3
-SHARE_FRAMED = 0.25  # of all prompts
+SHARE_FRAMED = 0.25  # of the prompts for an object, and of most for an empty page
 SHARE_IN_ORDER = 0.5  # of the words around: as they follow each other in a caption
 
 CAPTIONS = Path(__file__).resolve().parents[2] / "erase_core" / "data" / "captions.txt"
@@ -264,7 +264,8 @@ class PromptMaker:
     """Draws the text for a picture, the way the training mixes it.
 
     Args:
-        unknown: more words to put around, that mean nothing.
+        unknown: more words to put around, that mean nothing. With them some prompts are also put
+            together at random, and some words around stand as they do in a caption.
     """
 
     def __init__(self, seed: int, unknown: Sequence[str] = ()) -> None:
