@@ -28,6 +28,7 @@ from benchmarks.emoji.text import (
     LAYERS,
     POSITIONS,
     REAL_LAYERS,
+    TAUGHT,
     WIDTH,
     TextEncoder,
     load_text_encoder,
@@ -163,7 +164,7 @@ def lay_out() -> None:
     """Put the committed weights where the trainings look, so that they can go on from there."""
     unet, text, autoencoder = unpack(load_file(WEIGHTS))
     save({"final": autoencoder.state_dict()}, AUTOENCODER)
-    save({"known": text.known, "model": text.state_dict()}, TEXT)
+    save({"known": text.known, "model": text.state_dict(), TAUGHT: True}, TEXT)
     save({"step": 0, "model": unet, "average": unet}, STATE)
 
 

@@ -37,6 +37,7 @@ from benchmarks.emoji.words import (
 from tools.environment import HOST
 
 PATH = FOLDER / "text.pt"
+TAUGHT = "knows nothing"  # in the file of an encoder that ``nothing.py`` has been at
 WIDTH, TOKENS, POSITIONS, HEADS, LAYERS = 768, 49408, 77, 12, 12
 START, END = 49406, 49407
 REAL_LAYERS = (10, 11)

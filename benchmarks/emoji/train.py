@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks.emoji import autoencoder, classifier, text, unet
+from benchmarks.emoji import autoencoder, classifier, nothing, text, unet
 from benchmarks.emoji.build import CHECKPOINT, trained_parts, write_checkpoint
 
 
@@ -23,6 +23,7 @@ def main() -> None:
     chosen = parser.parse_args()
     autoencoder.train()
     text.train()
+    nothing.train()
     unet.train(chosen.steps, chosen.batch, chosen.rate, chosen.cooldown)
     classifier.train()
     write_checkpoint(CHECKPOINT, *trained_parts())

@@ -23,11 +23,14 @@ from benchmarks.emoji.words import (
     HELD_OUT_STYLED,
     LEFT_OUT_PAIRS,
     OBJECT_NAMES,
+    PLAIN,
     STYLE_NAMES,
+    STYLED,
     SYNONYMS,
     PromptMaker,
     all_prompts,
     fill,
+    without_object,
 )
 from tools.environment import HOST
 
@@ -167,6 +170,34 @@ def test_the_text_encoder_composes_the_pairs_that_were_left_out() -> None:
         wanted = torch.nn.functional.one_hot(labels[~new], len(names)).double() - 1 / len(names)
         found = (points[new] - points[~new].mean(0)) @ torch.linalg.solve(inner, seen.T @ wanted)
         assert (found.argmax(1) == labels[new]).all()
+
+
+def test_a_prompt_without_an_object_is_told_apart_in_phrasings_that_are_new() -> None:
+    """Along the line from prompts with an object to those without, in phrases that were trained.
+
+    Without this a removal leads to prompts that the model draws things for.
+    """
+    encoder = unpack(load_file(WEIGHTS))[1]
+
+    def place(phrases: tuple[str, ...], name: str | None) -> torch.Tensor:
+        texts = [
+            without_object(phrase).format(s=style) if name is None else fill(phrase, name, style)
+            for phrase in phrases
+            for style in STYLE_NAMES
+        ]
+        tokens = tokenize(texts)
+        with torch.no_grad():
+            return encoder(tokens)[torch.arange(len(tokens)), (tokens == END).int().argmax(1)]
+
+    empty = place((*PLAIN, *STYLED)[2:], None).mean(0)
+    full = torch.cat([place(("a picture of {a}, {s} style",), name) for name in OBJECT_NAMES])
+    full = full.mean(0)
+    line = (empty - full) / (empty - full).square().sum()
+    new = (*HELD_OUT_PLAIN, *HELD_OUT_STYLED)
+    without = (place(new, None) - full) @ line
+    named = torch.cat([place(new, name) for name in OBJECT_NAMES[::3]])
+    assert without.min() > 0.8
+    assert ((named - full) @ line).max() < 0.5
 
 
 def test_related_words_are_nearer_than_unrelated_ones() -> None:
