@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from concept_surgery.erase_core.denoiser import Encoded
+from concept_surgery.erase_core.measure import CountedDenoiser
 from concept_surgery.erase_core.prompts import prompt_pairs
 from concept_surgery.erase_core.settings import EraseSettings
 
@@ -320,6 +321,28 @@ def test_a_trained_peer_goes_where_its_equation_points(peer, settings, eta) -> N
     again = peer.train(denoiser, case, 0, {**settings, "steps": 3}).edit
     other = peer.train(denoiser, case, 0, {**settings, "steps": 3}).edit
     assert all(torch.equal(again.factors[n], other.factors[n]) for n in again.factors)
+
+
+def test_esd_takes_the_states_of_another_rate_and_counts_them() -> None:
+    settings, case = {**TRAINED[0][1], "steps": 3}, Case("cat => dog", "object")
+
+    def runs() -> list[tuple[torch.Tensor, int]]:
+        found = []
+        for rate in (3e-4, 1e-3):
+            denoiser = CountedDenoiser(ToyDenoiser("cross-attention"))
+            edit = esd.train(denoiser, case, 0, {**settings, "rate": rate}).edit
+            found.append((edit.factors["toy_attn2_to_v"], denoiser.forward_equivalents))
+        return found
+
+    alone = runs()
+    with esd.states_kept():
+        shared = runs()
+    after = runs()
+    assert alone[0][1] == alone[1][1] > 0
+    for one, two, three in zip(alone, shared, after, strict=True):
+        assert torch.equal(one[0], two[0]) and torch.equal(one[0], three[0])
+        assert one[1] == two[1] == three[1]
+    assert not torch.equal(alone[0][0], alone[1][0])
 
 
 def test_speed_and_ours_run_on_the_same_denoiser(monkeypatch) -> None:

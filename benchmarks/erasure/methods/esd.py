@@ -8,11 +8,13 @@ prompts. Biases stay as they are: only matrices can be edited here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from concept_surgery.erase_core.denoiser import Denoiser, Encoded
+from concept_surgery.erase_core.measure import CountedDenoiser
 from torch import Tensor
 
 from benchmarks.erasure.cases import Case
@@ -26,6 +28,9 @@ from benchmarks.erasure.methods.base import (
 )
 
 AT_ONCE = 50  # trajectories of the frozen model, which don't wait for each other
+# A latent (1, c, h, w), its noise level (1,), the concept and the target (1, c, h, w).
+State = tuple[Tensor, Tensor, Encoded, Tensor]
+_kept: dict[Any, tuple[list[State], int]] | None = None
 
 
 def train(denoiser: Denoiser, case: Case, seed: int, settings: Mapping[str, Any]) -> Outcome:
@@ -43,10 +48,42 @@ def train(denoiser: Denoiser, case: Case, seed: int, settings: Mapping[str, Any]
     return Outcome(edit.to("cpu"), {"loss": sum(last) / len(last)})
 
 
+@contextmanager
+def states_kept() -> Iterator[None]:
+    """Within it, runs that differ in the rate alone or in what they change share their states.
+
+    For choosing settings: what the states cost in evaluations is counted for each, their time for
+    the first one only.
+    """
+    global _kept
+    _kept = {}
+    try:
+        yield
+    finally:
+        _kept = None
+
+
 def frozen_states(
+    denoiser: CountedDenoiser, case: Case, seed: int, settings: Mapping[str, Any]
+) -> Iterable[State]:
+    """A state for each step, with what it costs counted by the denoiser."""
+    if _kept is None:
+        return _sampled_states(denoiser, case, seed, settings)
+    of = {name: value for name, value in settings.items() if name != "rate"}
+    key = case, seed, tuple(sorted(of.items()))
+    if key not in _kept:
+        before = denoiser.forward_equivalents
+        states = list(_sampled_states(denoiser, case, seed, settings))
+        _kept[key] = states, denoiser.forward_equivalents - before
+        return states
+    states, cost = _kept[key]
+    denoiser.forward_equivalents += cost
+    return states
+
+
+def _sampled_states(
     denoiser: Denoiser, case: Case, seed: int, settings: Mapping[str, Any]
-) -> Iterator[tuple[Tensor, Tensor, Encoded, Tensor]]:
-    """For each step a latent (1, c, h, w), its noise level (1,), the concept and the target."""
+) -> Iterator[State]:
     generator = torch.Generator().manual_seed(seed)
     sigmas, shape = denoiser.sigmas(settings["sampling_steps"]), denoiser.latent_shape(64)
     null, *concepts = denoiser.encode(["", *case.erased])
