@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+SHARED = "seconds of shared states"  # a note of runs that another sampled the states for
 NUMBERS = ("change", "distance", "distance_before")  # of a picture; all else are flags
 
 
@@ -193,9 +194,18 @@ def packed(verdicts: Mapping[str, list]) -> dict[str, Any]:
 
 
 def measured(line: Mapping[str, Any]) -> dict[str, Any]:
-    """The line with its measures, always taken anew from the verdicts that it holds."""
+    """The line with its measures, always taken anew from the verdicts that it holds.
+
+    The time that another run spent on states of this one is its own as well.
+    """
     groups = {group: unpacked(verdicts) for group, verdicts in line["groups"].items()}
-    return {**line, "measures": measures(groups, line["of"]["kind"])}
+    found = {**line, "measures": measures(groups, line["of"]["kind"])}
+    shared = line.get("notes", {}).get(SHARED)
+    if shared:
+        seconds = line["cost"]["seconds"] + shared
+        steps = seconds / line["cost"]["bare_step_seconds"]
+        found["cost"] = {**line["cost"], "seconds": seconds, "bare_steps": steps}
+    return found
 
 
 def unpacked(verdicts: Mapping[str, Any]) -> dict[str, list]:

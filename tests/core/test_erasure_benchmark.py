@@ -152,6 +152,11 @@ def test_verdicts_survive_a_line() -> None:
     for group in line["groups"].values():
         group |= {"gone": "10", "gone_before": "00"}
     assert metrics.measured(line)["measures"]["UA"] == 0.5
+    line |= {"cost": {"seconds": 2.0, "bare_step_seconds": 0.5, "bare_steps": 4.0}}
+    line |= {"notes": {metrics.SHARED: 3.0}}
+    cost = metrics.measured(line)["cost"]
+    assert (cost["seconds"], cost["bare_steps"]) == (5.0, 10.0)
+    assert line["cost"]["seconds"] == 2.0
 
 
 def test_harmonic_mean_lets_nothing_make_up_for_a_loss() -> None:
@@ -326,12 +331,13 @@ def test_a_trained_peer_goes_where_its_equation_points(peer, settings, eta) -> N
 def test_esd_takes_the_states_of_another_rate_and_counts_them() -> None:
     settings, case = {**TRAINED[0][1], "steps": 3}, Case("cat => dog", "object")
 
-    def runs() -> list[tuple[torch.Tensor, int]]:
+    def runs() -> list[tuple[torch.Tensor, int, bool]]:
         found = []
         for rate in (3e-4, 1e-3):
             denoiser = CountedDenoiser(ToyDenoiser("cross-attention"))
-            edit = esd.train(denoiser, case, 0, {**settings, "rate": rate}).edit
-            found.append((edit.factors["toy_attn2_to_v"], denoiser.forward_equivalents))
+            outcome = esd.train(denoiser, case, 0, {**settings, "rate": rate})
+            change, noted = outcome.edit.factors["toy_attn2_to_v"], metrics.SHARED in outcome.notes
+            found.append((change, denoiser.forward_equivalents, noted))
         return found
 
     alone = runs()
@@ -343,6 +349,8 @@ def test_esd_takes_the_states_of_another_rate_and_counts_them() -> None:
         assert torch.equal(one[0], two[0]) and torch.equal(one[0], three[0])
         assert one[1] == two[1] == three[1]
     assert not torch.equal(alone[0][0], alone[1][0])
+    assert [noted for *_, noted in shared] == [False, True]  # whose time another run spent
+    assert not any(noted for *_, noted in (*alone, *after))
 
 
 def test_speed_and_ours_run_on_the_same_denoiser(monkeypatch) -> None:

@@ -8,6 +8,7 @@ prompts. Biases stay as they are: only matrices can be edited here.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,11 +27,12 @@ from benchmarks.erasure.methods.base import (
     predict_eps,
     whole_matrices,
 )
+from benchmarks.erasure.metrics import SHARED
 
 AT_ONCE = 50  # trajectories of the frozen model, which don't wait for each other
 # A latent (1, c, h, w), its noise level (1,), the concept and the target (1, c, h, w).
 State = tuple[Tensor, Tensor, Encoded, Tensor]
-_kept: dict[Any, tuple[list[State], int]] | None = None
+_kept: dict[Any, tuple[list[State], int, float]] | None = None
 
 
 def train(denoiser: Denoiser, case: Case, seed: int, settings: Mapping[str, Any]) -> Outcome:
@@ -38,22 +40,23 @@ def train(denoiser: Denoiser, case: Case, seed: int, settings: Mapping[str, Any]
     edit = whole_matrices(denoiser.matrices())
     optimiser = torch.optim.Adam(list(edit.factors.values()), settings["rate"])
     losses = []
-    for x, sigma, concept, target in frozen_states(denoiser, case, seed, settings):
+    states, seconds = frozen_states(denoiser, case, seed, settings)
+    for x, sigma, concept, target in states:
         loss = (predict_eps(denoiser, x, sigma, [concept], edit) - target).square().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
     last = losses[-20:]
-    return Outcome(edit.to("cpu"), {"loss": sum(last) / len(last)})
+    notes = {"loss": sum(last) / len(last)} | ({SHARED: seconds} if seconds else {})
+    return Outcome(edit.to("cpu"), notes)
 
 
 @contextmanager
 def states_kept() -> Iterator[None]:
     """Within it, runs that differ in the rate alone or in what they change share their states.
 
-    For choosing settings: what the states cost in evaluations is counted for each, their time for
-    the first one only.
+    Each counts what they cost in evaluations, and notes their time where it didn't spend it.
     """
     global _kept
     _kept = {}
@@ -65,20 +68,21 @@ def states_kept() -> Iterator[None]:
 
 def frozen_states(
     denoiser: CountedDenoiser, case: Case, seed: int, settings: Mapping[str, Any]
-) -> Iterable[State]:
-    """A state for each step, with what it costs counted by the denoiser."""
+) -> tuple[Iterable[State], float]:
+    """A state for each step, and the seconds that another run spent on them; 0 if this one does."""
     if _kept is None:
-        return _sampled_states(denoiser, case, seed, settings)
+        return _sampled_states(denoiser, case, seed, settings), 0.0
     of = {name: value for name, value in settings.items() if name != "rate"}
     key = case, seed, tuple(sorted(of.items()))
-    if key not in _kept:
-        before = denoiser.forward_equivalents
-        states = list(_sampled_states(denoiser, case, seed, settings))
-        _kept[key] = states, denoiser.forward_equivalents - before
-        return states
-    states, cost = _kept[key]
-    denoiser.forward_equivalents += cost
-    return states
+    if key in _kept:
+        states, cost, seconds = _kept[key]
+        denoiser.forward_equivalents += cost
+        return states, seconds
+    before, began = denoiser.forward_equivalents, time.process_time()
+    states = list(_sampled_states(denoiser, case, seed, settings))
+    cost = denoiser.forward_equivalents - before
+    _kept[key] = states, cost, time.process_time() - began
+    return states, 0.0
 
 
 def _sampled_states(
