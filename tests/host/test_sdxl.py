@@ -32,12 +32,13 @@ def language(tmp_path_factory):
 
 def test_the_hard_form_moves_nine_tenths_and_the_pooled_vector_brings_nothing_back(sdxl, language):
     model, clip = sdxl
-    erasure = train(model, clip, language, **SETTINGS, steps=24)
+    # Far from each other: of a relative the pooled vector brings little back.
+    erasure = train(model, clip, language, **SETTINGS, steps=24, concepts="cat => umbrella")
     measures = erasure.record["measures"]
     assert measures["moved_held_out"]["overall"] >= 0.9
     assert measures["moved_sampled"]["overall"] >= 0.8
     assert measures["pooled"]["leak"] > 0.005
-    assert measures["pooled"]["left"] < 0.15 * measures["pooled"]["leak"]
+    assert measures["pooled"]["left"] < 0.1 * measures["pooled"]["leak"]
     edited = apply_erasure(model, erasure, 1.0)
     null, kept = encode_prompts(clip, ["", KEPT], pooled=True)
     for prompt in (null, null.zeroed(), kept):
