@@ -28,6 +28,7 @@ from benchmarks.emoji.text import (
     WIDTH,
     TextEncoder,
     load_text_encoder,
+    states_at_end,
     tokenize,
     unknown_words,
 )
@@ -77,20 +78,15 @@ class Prompts:
         ]
 
 
-@torch.no_grad()
 def direction_of_nothing(encoder: TextEncoder, prompts: Prompts) -> torch.Tensor:
     """Where prompts without a thing lie on the average, less where the others lie: (768,).
 
     As long as a state is.
     """
     named = [text for _ in range(_SAMPLE // OBJECTS) for text in prompts.named()]
-    means = []
-    for texts in (prompts.nothing(_SAMPLE), named):
-        tokens = tokenize(texts).to(encoder.basis.device)
-        ends = (tokens == END).int().argmax(1)
-        tokens = tokens[:, : int(ends.max()) + 1]
-        means.append(encoder(tokens)[torch.arange(len(texts)), ends].mean(0))
-    return functional.normalize(means[0] - means[1], dim=0) * WIDTH**0.5
+    nothing = states_at_end(encoder, prompts.nothing(_SAMPLE)).mean(0)
+    way = nothing - states_at_end(encoder, named).mean(0)
+    return functional.normalize(way, dim=0) * WIDTH**0.5
 
 
 class _Lesson:

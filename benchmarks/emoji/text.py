@@ -361,11 +361,17 @@ def load_text_encoder(device: torch.device) -> TextEncoder:
 
 
 @torch.no_grad()
-def end_states(encoder: TextEncoder, texts: list[str]) -> torch.Tensor:
-    """States at the end token (B, 768), less what all of them share."""
+def states_at_end(encoder: TextEncoder, texts: list[str]) -> torch.Tensor:
+    """What the encoder says at the end token of each text: (B, 768)."""
     tokens = tokenize(texts).to(encoder.basis.device)
     ends = (tokens == END).int().argmax(1)
-    states = encoder(tokens)[torch.arange(len(texts)), ends]
+    states = encoder(tokens[:, : int(ends.max()) + 1])  # it looks back only
+    return states[torch.arange(len(texts)), ends]
+
+
+def end_states(encoder: TextEncoder, texts: list[str]) -> torch.Tensor:
+    """Those states less what all of them share, of unit length: (B, 768)."""
+    states = states_at_end(encoder, texts)
     return functional.normalize(states - states.mean(0), dim=1)
 
 

@@ -15,7 +15,13 @@ from benchmarks.emoji.build import (
     text_tensors,
     unpack,
 )
-from benchmarks.emoji.text import END, TextEncoder, tokenize, word_token
+from benchmarks.emoji.text import (
+    TextEncoder,
+    end_states,
+    states_at_end,
+    tokenize,
+    word_token,
+)
 from benchmarks.emoji.unet import alphas
 from benchmarks.emoji.words import (
     GROUPS,
@@ -158,10 +164,8 @@ def test_the_text_encoder_composes_the_pairs_that_were_left_out() -> None:
     So where the denoiser draws them in another style, it isn't for want of being told.
     """
     pairs = [(name, style) for name in OBJECT_NAMES for style in STYLE_NAMES]
-    tokens = tokenize([fill("a picture of {a}, {s} style", *pair) for pair in pairs])
-    with torch.no_grad():
-        states = unpack(load_file(WEIGHTS))[1](tokens)
-    points = states[torch.arange(len(tokens)), (tokens == END).int().argmax(1)].double()
+    texts = [fill("a picture of {a}, {s} style", *pair) for pair in pairs]
+    points = states_at_end(unpack(load_file(WEIGHTS))[1], texts).double()
     new = torch.tensor([pair in LEFT_OUT_PAIRS for pair in pairs])
     seen = points[~new] - points[~new].mean(0)
     inner = seen.T @ seen + 10 * torch.eye(seen.shape[1])
@@ -185,9 +189,7 @@ def test_a_prompt_without_an_object_is_told_apart_in_phrasings_that_are_new() ->
             for phrase in phrases
             for style in STYLE_NAMES
         ]
-        tokens = tokenize(texts)
-        with torch.no_grad():
-            return encoder(tokens)[torch.arange(len(tokens)), (tokens == END).int().argmax(1)]
+        return states_at_end(encoder, texts)
 
     empty = place((*PLAIN, *STYLED)[2:], None).mean(0)
     full = torch.cat([place(("a picture of {a}, {s} style",), name) for name in OBJECT_NAMES])
@@ -202,11 +204,8 @@ def test_a_prompt_without_an_object_is_told_apart_in_phrasings_that_are_new() ->
 
 def test_related_words_are_nearer_than_unrelated_ones() -> None:
     """In what the committed encoder says at the end of a prompt, as the denoiser reads it."""
-    tokens = tokenize([fill("{a}", name) for name in OBJECT_NAMES])
-    with torch.no_grad():
-        states = unpack(load_file(WEIGHTS))[1](tokens)
-    points = states[torch.arange(len(tokens)), (tokens == END).int().argmax(1)]
-    points = torch.nn.functional.normalize(points - points.mean(0), dim=1)
+    encoder = unpack(load_file(WEIGHTS))[1]
+    points = end_states(encoder, [fill("{a}", name) for name in OBJECT_NAMES])
     near = points @ points.T
     group = {name: kind for kind, names in GROUPS.items() for name in names}
     kin = torch.tensor([[group[a] == group[b] for b in OBJECT_NAMES] for a in OBJECT_NAMES])
