@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from benchmarks.emoji.autoencoder import LATENT_SCALE, Autoencoder
@@ -15,6 +17,7 @@ from benchmarks.emoji.build import (
     text_tensors,
     unpack,
 )
+from benchmarks.emoji.data import finish, render
 from benchmarks.emoji.text import (
     TextEncoder,
     end_states,
@@ -152,6 +155,21 @@ def test_schedule_is_the_hosts() -> None:
     sigmas = comfy.model_sampling.ModelSamplingDiscrete().sigmas
     kept = alphas(torch.device("cpu"))
     assert torch.allclose(((1 - kept) / kept).sqrt(), sigmas, rtol=1e-4)
+
+
+def test_a_style_is_something_done_to_any_thing() -> None:
+    disc = Image.new("RGBA", (80, 80), (0, 0, 0, 0))
+    ImageDraw.Draw(disc).ellipse((10, 10, 70, 70), fill="orange")
+    pages = {name: render(np.asarray(finish(name, disc))) for name in STYLE_NAMES}
+    plain = pages["flat"]
+    assert np.array_equal(plain, pages["ink"])
+    assert plain.min(2)[plain.min(2) < 255].size > 1000 and plain.max(2).min() > 200
+    edge = 7  # the line around a disc of 52 pixels on a page of 64
+    assert plain[32, edge].max() > 200 > 80 > pages["cartoon"][32, edge].max()
+    clay = pages["clay"].astype(int)
+    grey = (np.ptp(clay, axis=2) < 30) & (clay.max(2) < 220)
+    low, high = grey[40:, 40:].sum(), grey[:24, :24].sum()
+    assert low > 20 and high == 0  # the light comes from above, left
 
 
 def test_the_committed_weights_are_small() -> None:
