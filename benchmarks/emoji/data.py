@@ -1,7 +1,7 @@
 """The pictures: four open emoji sets, brought to one size on white, two of them finished.
 
 The sets come from the npm registry and stay under ``build/emoji/npm``; what training reads is one
-file, ``pictures.npz``.
+file, ``finished_pictures.npz``.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from tools.environment import BUILD
 
 FOLDER = BUILD / "emoji"
 SOURCES = FOLDER / "npm"
-PICTURES = FOLDER / "pictures.npz"
-OTHERS = FOLDER / "others.npz"
+PICTURES = FOLDER / "finished_pictures.npz"
+OTHERS = FOLDER / "finished_others.npz"
 
 SIZE = 64  # pixels of a finished picture
 MASTER = 128  # pixels of the longest side of a picture as kept
 NOMINAL = 52  # pixels of the longest side in a finished picture without augmentation
 SMALLEST, LARGEST, SHIFT = 48, 56, 2  # pixels: what augmentation varies
-CONTOUR, CONTOUR_COLOUR = 7, (38, 28, 60)  # lengths in pixels of a picture as kept
+# Widths, places and blur in pixels of a picture as kept.
+CONTOUR, CONTOUR_COLOUR = 7, (38, 28, 60)
 SHADOW_PLACE, SHADOW_BLUR, SHADOW_COLOUR = (12, 14), 6, (130, 130, 150)
 
 PACKAGES = {
@@ -73,12 +74,9 @@ def package(name: str) -> Path:
 def load_pictures() -> np.ndarray:
     """All pictures as kept, uint8 (objects, styles, 128, 128, 4), transparent around."""
     if not PICTURES.exists():
-        masters = np.zeros((len(OBJECTS), len(STYLE_NAMES), MASTER, MASTER, 4), dtype=np.uint8)
-        for column, style in enumerate(STYLE_NAMES):
-            for row, picture in enumerate(_READERS[style](list(OBJECTS.values()))):
-                masters[row, column] = np.asarray(finish(style, picture))
+        masters = [[np.asarray(page) for page in row] for row in _rows(list(OBJECTS.values()))]
         unfinished = PICTURES.with_suffix(".part.npz")
-        np.savez_compressed(unfinished, pictures=masters)
+        np.savez_compressed(unfinished, pictures=np.array(masters))
         unfinished.replace(PICTURES)
     return np.load(PICTURES)["pictures"]
 
@@ -104,18 +102,11 @@ def load_others() -> tuple[list[str], np.ndarray]:
     """Names and pictures uint8 (others, styles, 128, 128, 4) of what all four sets hold."""
     if not OTHERS.exists():
         wanted = other_names()
-        columns = [_READERS[style](list(wanted.values())) for style in STYLE_NAMES]
-        whole = [row for row in range(len(wanted)) if all(column[row] for column in columns)]
-        masters = [
-            [
-                np.asarray(finish(style, column[row]))
-                for style, column in zip(STYLE_NAMES, columns, strict=True)
-            ]
-            for row in whole
-        ]
+        rows = zip(wanted, _rows(list(wanted.values())), strict=True)
+        whole = {name: row for name, row in rows if all(row)}
+        masters = [[np.asarray(page) for page in row] for row in whole.values()]
         unfinished = OTHERS.with_suffix(".part.npz")
-        names = [list(wanted)[row] for row in whole]
-        np.savez_compressed(unfinished, names=names, pictures=np.array(masters))
+        np.savez_compressed(unfinished, names=list(whole), pictures=np.array(masters))
         unfinished.replace(OTHERS)
     kept = np.load(OTHERS)
     return kept["names"].tolist(), kept["pictures"]
@@ -154,6 +145,15 @@ def training_pictures(variants: int, seed: int, masters: np.ndarray | None = Non
 def _corner(side: int, right: int, down: int) -> tuple[int, int]:
     margin = SIZE - side
     return tuple(min(max(margin // 2 + shift, 0), margin) for shift in (right, down))
+
+
+def _rows(codes: Sequence[str]) -> list[tuple[Image.Image | None, ...]]:
+    """For each code point its finished picture in each style; None where a set has none."""
+    columns = [
+        [picture and finish(style, picture) for picture in _READERS[style](codes)]
+        for style in STYLE_NAMES
+    ]
+    return list(zip(*columns, strict=True))
 
 
 def finish(style: str, picture: Image.Image) -> Image.Image:
