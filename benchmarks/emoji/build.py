@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.emoji.autoencoder import LATENT_SCALE, Autoencoder, load_autoencoder
 from benchmarks.emoji.autoencoder import PATH as AUTOENCODER
+from benchmarks.emoji.classifier import COMMITTED as COMMITTED_JUDGE
 from benchmarks.emoji.classifier import PATH as JUDGE
 from benchmarks.emoji.data import FOLDER
 from benchmarks.emoji.loop import load, save
@@ -54,6 +55,15 @@ def build_emoji_checkpoint(path: Path, weights: Path = WEIGHTS) -> Path:
         unet, text, autoencoder = unpack(load_file(weights))
         write_checkpoint(path, unet, text, autoencoder, label=digest)
     return path
+
+
+def place_judge() -> None:
+    """Put the committed judge where the benchmark looks, unless one was trained there."""
+    if not JUDGE.exists():
+        JUDGE.parent.mkdir(parents=True, exist_ok=True)
+        partial = JUDGE.with_name(f".{JUDGE.name}.{uuid.uuid4().hex}.part")
+        shutil.copyfile(COMMITTED_JUDGE, partial)
+        partial.replace(JUDGE)
 
 
 def trained_parts() -> tuple[Tensors, TextEncoder, Autoencoder]:
@@ -156,7 +166,7 @@ def pack(path: Path = WEIGHTS) -> Path:
     partial = path.with_name(f".{path.name}.part")
     save_file({name: value.contiguous() for name, value in small.items()}, partial)
     partial.replace(path)
-    shutil.copyfile(JUDGE, path.with_name(JUDGE.name))
+    shutil.copyfile(JUDGE, path.with_name(COMMITTED_JUDGE.name))
     return path
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.emoji.build import CHECKPOINT, WEIGHTS, build_emoji_checkpoint
+from benchmarks.emoji.build import CHECKPOINT, WEIGHTS, build_emoji_checkpoint, place_judge
 from benchmarks.erasure.cases import REPORTED, TUNED, Case
 from benchmarks.erasure.methods import METHODS, Method
 from benchmarks.erasure.painter import STEPS
@@ -43,8 +43,14 @@ def run_all(
 
 
 def checkpoint() -> Path:
-    """The emoji model's checkpoint, built from the committed weights where there are any."""
-    return build_emoji_checkpoint(CHECKPOINT) if WEIGHTS.exists() else CHECKPOINT
+    """The emoji model's checkpoint, built from the committed weights where there are any.
+
+    So is its judge put in place, where none was trained.
+    """
+    if not WEIGHTS.exists():
+        return CHECKPOINT
+    place_judge()
+    return build_emoji_checkpoint(CHECKPOINT)
 
 
 def find_cases(names: Sequence[str]) -> list[Case]:

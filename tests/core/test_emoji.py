@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+from benchmarks.emoji import build
 from benchmarks.emoji.autoencoder import LATENT_SCALE, Autoencoder
 from benchmarks.emoji.build import (
     WEIGHTS,
@@ -17,6 +18,7 @@ from benchmarks.emoji.build import (
     text_tensors,
     unpack,
 )
+from benchmarks.emoji.classifier import COMMITTED
 from benchmarks.emoji.data import finish, render
 from benchmarks.emoji.text import (
     TextEncoder,
@@ -170,6 +172,17 @@ def test_a_style_is_something_done_to_any_thing() -> None:
     grey = (np.ptp(clay, axis=2) < 30) & (clay.max(2) < 220)
     low, high = grey[40:, 40:].sum(), grey[:24, :24].sum()
     assert low > 20 and high == 0  # the light comes from above, left
+
+
+def test_the_committed_judge_is_put_in_place_and_a_trained_one_stays(tmp_path, monkeypatch) -> None:
+    placed = tmp_path / "new" / "classifier.safetensors"
+    monkeypatch.setattr(build, "JUDGE", placed)
+    build.place_judge()
+    assert placed.read_bytes() == COMMITTED.read_bytes()
+    placed.write_bytes(b"trained")
+    build.place_judge()
+    assert placed.read_bytes() == b"trained"
+    assert list(placed.parent.iterdir()) == [placed]
 
 
 def test_the_committed_weights_are_small() -> None:
