@@ -1,4 +1,4 @@
-"""One host and one tiny checkpoint for all tests in this folder."""
+"""One host, one tiny checkpoint and one quick erasure on it for all tests in this folder."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import comfy.sd
 import pytest
+import torch
+from concept_surgery.erase_core import Finished
+from concept_surgery.nodes.store import LanguageStore
 
 from tools.checkpoint import build_checkpoint
 from tools.environment import BUILD, ROOT
 from tools.host import ComfyHost
+
+from .encoder import RememberingClip
+from .tiny import train
 
 PROBE_PACK = ROOT / "tools" / "probe_pack"
 
@@ -19,6 +26,26 @@ PROBE_PACK = ROOT / "tools" / "probe_pack"
 def checkpoint() -> Path:
     """The shrunken SD1.5 with four cross-attentions."""
     return build_checkpoint(BUILD / "checkpoints" / "one-level.safetensors")
+
+
+@pytest.fixture(scope="session")
+def loaded(checkpoint: Path):
+    """MODEL and CLIP of that checkpoint."""
+    with torch.inference_mode():  # as the host loads, inside its executor
+        model, clip, _ = comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
+    return model, RememberingClip(clip)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> LanguageStore:
+    """An empty store of encoded captions."""
+    return LanguageStore(tmp_path_factory.mktemp("language"))
+
+
+@pytest.fixture(scope="session")
+def finished(loaded, store: LanguageStore) -> Finished:
+    """Cats turned into dogs."""
+    return train(loaded, store, concepts="cat => dog", keep=("a photo of a tiger",))
 
 
 @pytest.fixture(scope="session")

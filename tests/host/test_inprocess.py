@@ -2,101 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-
-import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
-import comfy.samplers
 import comfy.sd
 import comfy.supported_models
-import comfy.utils
 import pytest
 import torch
-from concept_surgery.erase_core import Finished, PredictionError, erase, preset_settings
+from concept_surgery.erase_core import PredictionError, erase, preset_settings
 from concept_surgery.erase_core.denoiser import Encoded
-from concept_surgery.erase_core.erasure import Erasure, ErasureFileError
 from concept_surgery.erase_core.layers import LayerRuleError
 from concept_surgery.erase_core.report import report_text
-from concept_surgery.nodes.apply import ApplyError, apply_erasure, mismatches
-from concept_surgery.nodes.files import save_erasure
+from concept_surgery.nodes.apply import ApplyError, apply_erasure
 from concept_surgery.nodes.host import (
     ComfyDenoiser,
     UnsupportedModelError,
-    encode_prompts,
     left_out_of_training,
     trained_keys,
     twin_of,
 )
 from concept_surgery.nodes.store import KEPT_FILES, LanguageStore
 from concept_surgery.nodes.train import TrainErasure
-from safetensors.torch import save_file
 
 from tools.checkpoint import build_checkpoint
 from tools.environment import BUILD
 
-from .encoder import RememberingClip
+from .tiny import QUICK, noise_prediction, relative_change, tokens_of, train, weights_hash
 
 KEEP = ("tiger", "a red car", "a house", "a boat", "an old man", "a tree", "pizza", "a castle")
-QUICK = {"steps": 4, "trajectories": 4, "sampling_steps": 4, "captions": 24, "resolution": 64}
 # As many steps and states as the preset says, which are what its budget and its bounds are about;
 # of small pictures, which cost less than half.
 PRESET = {"steps": None, "trajectories": None, "sampling_steps": None}
 PRESET |= {"captions": 64, "resolution": 32}
-
-
-@pytest.fixture(scope="session")
-def loaded(checkpoint):
-    with torch.inference_mode():  # as the host loads, inside its executor
-        model, clip, _ = comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
-    return model, RememberingClip(clip)
-
-
-@pytest.fixture(scope="session")
-def store(tmp_path_factory):
-    return LanguageStore(tmp_path_factory.mktemp("language"))
-
-
-def train(loaded, store, name="tiny", **values) -> Finished:
-    settings = preset_settings("balanced", **{**QUICK, **values})
-    with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
-        with ComfyDenoiser(*loaded, name, 6, settings.resolution, settings.layers) as denoiser:
-            *_, last = erase(settings, denoiser, store)
-    return last
-
-
-@pytest.fixture(scope="session")
-def finished(loaded, store):
-    return train(loaded, store, concepts="cat => dog", keep=("a photo of a tiger",))
-
-
-def weights_hash(model) -> str:
-    digest = hashlib.sha256()
-    state = model.model.state_dict()
-    for key in sorted(state):
-        weight = model.backup[key].weight if key in model.backup else state[key]
-        digest.update(key.encode() + weight.detach().float().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def tokens_of(clip, prompts, together=False) -> list[torch.Tensor]:
-    return [prompt.tokens for prompt in encode_prompts(clip, prompts, together)]
-
-
-def noise_prediction(model, tokens, sigma: float) -> torch.Tensor:
-    """What the host's own sampling code predicts, with the model's patches in place."""
-    comfy.model_management.load_models_gpu([model])
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(1, 4, 8, 8, generator=generator) * (1 + sigma**2) ** 0.5
-    with torch.inference_mode():
-        x0 = model.model.apply_model(x, torch.tensor([sigma]), c_crossattn=tokens[None])
-    return (x - x0) / sigma
-
-
-def relative_change(model, patched, tokens, sigma=2.0) -> float:
-    before = noise_prediction(model, tokens, sigma)
-    after = noise_prediction(patched, tokens, sigma)
-    return float((after - before).norm() / before.norm())
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 8])
@@ -313,86 +249,6 @@ def test_twice_is_refused_and_two_erasures_commute(loaded, store, finished):
     tokens = tokens_of(clip, ["a cat eating pizza"])[0]
     one, two = noise_prediction(both, tokens, 2.0), noise_prediction(swapped, tokens, 2.0)
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-
-
-def test_file_is_a_lora_that_the_stock_code_loads_alike(loaded, finished, tmp_path):
-    model, clip = loaded
-    path = save_erasure(finished.erasure, tmp_path, "cat")
-    again = Erasure.load(path)
-    assert again.identity == finished.erasure.identity and again.record == finished.erasure.record
-    with torch.inference_mode():
-        stock, _ = comfy.sd.load_lora_for_models(
-            model, None, comfy.utils.load_torch_file(str(path)), 1.0, 0.0
-        )
-    tokens = tokens_of(clip, ["a cat"])[0]
-    ours = noise_prediction(apply_erasure(model, again, 1.0), tokens, 2.0)
-    assert torch.equal(noise_prediction(stock, tokens, 2.0), ours)
-    assert not torch.equal(noise_prediction(model, tokens, 2.0), ours)
-
-
-def test_saving_never_overwrites_and_the_same_twice_is_one_file(finished, tmp_path):
-    other = Erasure(
-        {"lora_unet_x": torch.ones(3, finished.erasure.rank)},
-        {"lora_unet_x": torch.ones(2, finished.erasure.rank)},
-        finished.erasure.record,
-    )
-    first = save_erasure(finished.erasure, tmp_path, "cat")
-    assert save_erasure(finished.erasure, tmp_path, "cat.safetensors") == first
-    assert save_erasure(other, tmp_path, "cat").name == "cat_2.safetensors"
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-@pytest.mark.parametrize("name", ["../cat", "a/b", "a\\b", "", "  ", ".hidden", "C:cat", "a\nb"])
-def test_file_names_with_path_parts_are_refused(finished, tmp_path, name):
-    with pytest.raises(ErasureFileError, match="without folders"):
-        save_erasure(finished.erasure, tmp_path, name)
-    assert not list(tmp_path.iterdir())
-
-
-def test_unwritable_folder_is_said(finished, tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(ErasureFileError, match="Check its rights"):
-        save_erasure(finished.erasure, tmp_path / "file" / "folder", "cat")
-    with pytest.raises(ErasureFileError, match="can't be written"):
-        finished.erasure.save(tmp_path / "absent" / "cat.safetensors")
-
-
-def test_damaged_and_foreign_files_are_refused(finished, tmp_path):
-    path = save_erasure(finished.erasure, tmp_path, "cat")
-    cut = tmp_path / "cut.safetensors"
-    cut.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ErasureFileError, match="damaged or was not copied whole"):
-        Erasure.load(cut)
-    foreign = tmp_path / "foreign.safetensors"
-    save_file({"x": torch.ones(2)}, foreign)
-    with pytest.raises(ErasureFileError, match="not an erasure made by Concept Surgery"):
-        Erasure.load(foreign)
-    save_file({"x": torch.ones(2)}, foreign, metadata={"concept_surgery": "{}"})
-    with pytest.raises(ErasureFileError, match="is damaged"):
-        Erasure.load(foreign)
-    with pytest.raises(ErasureFileError, match="no erasure at"):
-        Erasure.load(tmp_path / "absent.safetensors")
-
-
-def test_another_base_is_a_warning_and_another_shape_an_error(loaded, finished):
-    model, clip = loaded
-    assert mismatches(model, finished.erasure, clip, "tiny") == []
-    path = build_checkpoint(BUILD / "checkpoints" / "other-seed.safetensors", seed=1)
-    with torch.inference_mode():
-        other, other_clip = comfy.sd.load_checkpoint_guess_config(str(path))[:2]
-    base, encoder = mismatches(other, finished.erasure, other_clip, "other")
-    assert "made on tiny, this model is other" in base
-    assert "null prompt moves by" in encoder
-    path = build_checkpoint(BUILD / "checkpoints" / "nano.safetensors", layout="nano")
-    with torch.inference_mode():
-        nano = comfy.sd.load_checkpoint_guess_config(str(path), output_clip=False)[0]
-    with pytest.raises(ApplyError, match="lacks 6 of its 8 matrices"):
-        apply_erasure(nano, finished.erasure, 1.0)
-    wrong = {name: b[:-1] for name, b in finished.erasure.factors.items()}
-    with pytest.raises(ApplyError, match="has the shape"):
-        apply_erasure(model, Erasure(finished.erasure.bases, wrong, finished.erasure.record), 1.0)
-    with pytest.raises(ApplyError, match="between -5 and 5"):
-        apply_erasure(model, finished.erasure, 6.0)
 
 
 def test_inpainting_model_is_refused_for_training_and_its_matrices_are_known(loaded):
