@@ -1,20 +1,20 @@
-"""From lines to a summary, a table and two plots: ``python -m benchmarks.erasure.report``."""
+"""From lines to a summary, a table and a plot: ``python -m benchmarks.erasure.report``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from math import log10
 from pathlib import Path
 from typing import Any
 
 from benchmarks.erasure.cases import REPORTED
 from benchmarks.erasure.metrics import bootstrap, measured, ratio_of_means, rounded
+from benchmarks.erasure.plot import plot
 from benchmarks.erasure.results import LINES, RESULTS, Cache
 
 SUMMARY, TABLE = RESULTS / "erasure.json", RESULTS / "erasure.md"
-PLOTS = {"retention": RESULTS / "erasure_retention.svg", "cost": RESULTS / "erasure_cost.svg"}
+PLOT = RESULTS / "erasure.svg"
 COLUMNS = {
     "UA": "UA",
     "UA_intact": "UA, intact",
@@ -132,73 +132,6 @@ def _value(row: Mapping[str, Any], name: str) -> float:
     return row[name][0] if name in row else 0.0
 
 
-def scatter(
-    points: Sequence[tuple[str, tuple[float, float, float], tuple[float, float, float]]],
-    across: str,
-    up: str,
-    logarithmic: bool = False,
-) -> str:
-    """An SVG: a mark with its intervals for each method. Across, then up."""
-
-    def place(value: float) -> float:
-        return log10(max(value, 0.5)) if logarithmic else value
-
-    lows = [place(x[1]) for _, x, _ in points]
-    highs = [place(x[2]) for _, x, _ in points]
-    left, right = min(lows), max(highs)
-    right, bottom, top = max(right, left + 1e-3), min(y[1] for *_, y in points), 1.0
-    bottom, top = min(bottom, top - 1e-3), max(top, *(y[2] for *_, y in points))
-
-    def x_of(value: float) -> float:
-        return 70 + 480 * (place(value) - left) / (right - left)
-
-    def y_of(value: float) -> float:
-        return 360 - 320 * (value - bottom) / (top - bottom)
-
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 420" font-family="sans-serif"'
-        ' font-size="12">',
-        '<rect width="720" height="420" fill="white"/>',
-        '<path d="M70 360H560M70 360V30" stroke="black" fill="none"/>',
-        f'<text x="315" y="400" text-anchor="middle">{across}</text>',
-        f'<text x="20" y="195" text-anchor="middle" transform="rotate(-90 20 195)">{up}</text>',
-    ]
-    for share in (0, 0.5, 1):
-        at = left + share * (right - left)
-        label = f"{10**at:.0f}" if logarithmic else f"{at:.2f}"
-        parts.append(
-            f'<text x="{70 + 480 * share:.0f}" y="378" text-anchor="middle">{label}</text>'
-        )
-        height = bottom + share * (top - bottom)
-        parts.append(
-            f'<text x="62" y="{y_of(height) + 4:.0f}" text-anchor="end">{height:.2f}</text>'
-        )
-    for number, (name, x, y) in enumerate(points):
-        colour = f"hsl({number * 360 // len(points)} 70% 40%)"
-        parts.append(
-            f'<g stroke="{colour}" fill="{colour}"><path d="M{x_of(x[1]):.1f} {y_of(y[0]):.1f}'
-            f'H{x_of(x[2]):.1f}M{x_of(x[0]):.1f} {y_of(y[1]):.1f}V{y_of(y[2]):.1f}"/>'
-            f'<circle cx="{x_of(x[0]):.1f}" cy="{y_of(y[0]):.1f}" r="4"/>'
-            f'<text stroke="none" x="570" y="{40 + 16 * number}">{name}</text></g>'
-        )
-    return "\n".join([*parts, "</svg>\n"])
-
-
-def plots(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Efficacy against retention, and quality against cost."""
-    whole = {
-        m: row for m, row in summary.items() if all(n in row for n in ("UA_intact", "IRA", "H"))
-    }
-    if not whole:
-        return {}
-    retention = [(m, row["UA_intact"], row["IRA"]) for m, row in whole.items()]
-    cost = [(m, (row["forward_equivalents"],) * 3, row["H"]) for m, row in whole.items()]
-    return {
-        "retention": scatter(retention, "erased and intact (UA)", "other objects kept (IRA)"),
-        "cost": scatter(cost, "forward-equivalents", "H", logarithmic=True),
-    }
-
-
 def _intact(measures: Mapping[str, Any]) -> tuple[float, float] | None:
     pair = measures.get("intact"), measures.get("intact_before")
     return None if None in pair else pair
@@ -239,8 +172,7 @@ def main() -> None:
     kept = {"model": model, "methods": rounded(summary)}
     (asked.folder / SUMMARY.name).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     (asked.folder / TABLE.name).write_text(text, encoding="utf-8")
-    for name, drawing in plots(summary).items():
-        (asked.folder / PLOTS[name].name).write_text(drawing, encoding="utf-8")
+    plot(summary, asked.folder / PLOT.name)
     print(text)
 
 

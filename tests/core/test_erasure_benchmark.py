@@ -21,6 +21,7 @@ from benchmarks.erasure.methods.base import (
     predict_eps,
     whole_matrices,
 )
+from benchmarks.erasure.plot import plot
 from benchmarks.erasure.results import Cache, digest
 from benchmarks.erasure.tuned import GRIDS, choose, variants
 
@@ -246,6 +247,18 @@ def test_the_summary_takes_the_newest_lines_of_one_model() -> None:
     rows = report.table(summary).splitlines()
     assert len(rows) == 4 and rows[2].startswith("| a | ") and "0.70 ±" in rows[2]
     assert "0.25 |" in rows[3] and "±" not in rows[3]  # one erasure has no interval
+
+
+def test_the_plot_shows_the_methods_that_have_all_it_needs(tmp_path) -> None:
+    whole = {"UA_intact": [0.8, 0.7, 0.9], "IRA": [1.0, 0.99, 1.01], "H": [0.9, 0.8, 0.95]}
+    summary = {"ours/a": {**whole, "seconds": 25.0}, "b": {"UA_intact": [0.5, 0.4, 0.6]}}
+    plot(summary, tmp_path / "both.svg")
+    drawing = (tmp_path / "both.svg").read_text()
+    assert "ours/a" in drawing and ">b<" not in drawing
+    plot(summary, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_text() == drawing
+    plot({"b": summary["b"]}, tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
 
 
 def test_uce_solves_its_normal_equations() -> None:

@@ -1,0 +1,67 @@
+"""Two pictures of a summary: what is erased against what is kept, and how good against how dear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.ticker import StrMethodFormatter  # noqa: E402
+
+NEEDED = ("UA_intact", "IRA", "H", "seconds")
+OURS = "ours/"
+MARKERS = "osD^vPX<>*hpd"
+Summary = Mapping[str, Mapping[str, Any]]
+
+
+def plot(summary: Summary, path: Path) -> None:
+    """Write an SVG of the methods that have all that it shows; nothing where none has.
+
+    Marks are means, lines their 95 % intervals over the erasures.
+    """
+    methods = {
+        name: row for name, row in summary.items() if all(row.get(n) is not None for n in NEEDED)
+    }
+    if not methods:
+        return
+    with matplotlib.rc_context({"svg.hashsalt": "erasure", "svg.fonttype": "none"}):
+        figure, (kept, cost) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        for number, (name, row) in enumerate(sorted(methods.items(), key=_best_first)):
+            look = _look(name, number)
+            _mark(kept, row["UA_intact"], row["IRA"], look)
+            _mark(cost, [row["seconds"]] * 3, row["H"], look)
+        kept.set(xlabel="erased, and the picture whole", ylabel="same kind kept, of before")
+        kept.set(xlim=(0, 1), ylim=(min(0.9, kept.get_ylim()[0]), max(1.02, kept.get_ylim()[1])))
+        cost.set(xlabel="seconds on one core", ylabel="H", xscale="log", ylim=(0, 1))
+        cost.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        figure.legend(*cost.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def _best_first(item: tuple[str, Mapping[str, Any]]) -> float:
+    return -item[1]["H"][0]
+
+
+def _look(name: str, number: int) -> dict[str, Any]:
+    colour = "tab:red" if name.startswith(OURS) else "tab:gray"
+    return {"marker": MARKERS[number % len(MARKERS)], "color": colour, "label": name}
+
+
+def _mark(axes: Axes, across: list[float], up: list[float], look: dict[str, Any]) -> None:
+    (x, *x_ends), (y, *y_ends) = across, up
+    axes.errorbar(
+        x,
+        y,
+        xerr=[[abs(x - x_ends[0])], [abs(x_ends[1] - x)]],
+        yerr=[[abs(y - y_ends[0])], [abs(y_ends[1] - y)]],
+        **look,
+        linewidth=0.8,
+        linestyle="none",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
