@@ -32,12 +32,9 @@ import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from concept_surgery.erase_core import Erasure, erase, preset_settings  # noqa: E402
 from concept_surgery.nodes.apply import apply_erasure  # noqa: E402
-from concept_surgery.nodes.host import (  # noqa: E402
-    ComfyDenoiser,
-    encode_prompts,
-    original_weights,
-    trained_keys,
-)
+from concept_surgery.nodes.encoding import encode_prompts  # noqa: E402
+from concept_surgery.nodes.host import ComfyDenoiser  # noqa: E402
+from concept_surgery.nodes.matrices import original_weights, trained_keys  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from tools.checkpoint import build_checkpoint  # noqa: E402

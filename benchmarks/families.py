@@ -26,7 +26,8 @@ from concept_surgery.erase_core.formats import kohya_tensors  # noqa: E402
 from concept_surgery.erase_core.layers import reads_prompt  # noqa: E402
 from concept_surgery.erase_core.run import planned_cost  # noqa: E402
 from concept_surgery.erase_core.settings import EraseSettings, preset_settings  # noqa: E402
-from concept_surgery.nodes.host import model_family, trained_keys  # noqa: E402
+from concept_surgery.nodes.families import model_family  # noqa: E402
+from concept_surgery.nodes.matrices import trained_keys  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "families.json"
 META = torch.device("meta")

@@ -18,8 +18,8 @@ from concept_surgery.erase_core.activations import SavedBytes
 from concept_surgery.erase_core.settings import EraseSettings, preset_settings
 from concept_surgery.nodes.blocks import blocks_run_by
 from concept_surgery.nodes.families import model_family
-from concept_surgery.nodes.host import trained_keys
 from concept_surgery.nodes.inplace import OutOfPlace
+from concept_surgery.nodes.matrices import trained_keys
 from torch import Tensor, nn
 
 from tools.environment import ROOT

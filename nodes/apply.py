@@ -12,10 +12,10 @@ from ..erase_core.fingerprint import PACKED_WITHIN, SAME_WITHIN, fingerprint, sa
 from ..erase_core.formats import kohya_tensors
 from ..erase_core.layers import reads_prompt
 from ..erase_core.measure import key_value_drift
+from .encoding import encode_prompts
 from .exact import add_side_path
-from .host import (
+from .matrices import (
     base_fingerprint,
-    encode_prompts,
     has_packed_weights,
     known_matrices,
     kohya_keys,

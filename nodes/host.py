@@ -1,4 +1,4 @@
-"""ComfyUI's model as the engine's denoiser: the one file that knows the host's internals."""
+"""ComfyUI's model as the engine's denoiser."""
 
 from __future__ import annotations
 
@@ -25,22 +25,20 @@ from ..erase_core.denoiser import (
     stack_pooled,
     stack_tokens,
 )
-from ..erase_core.fingerprint import fingerprint
-from ..erase_core.layers import LayerRuleError, matching
-from ..erase_core.settings import EraseSettings
 from .blocks import blocks_run_by
+from .encoding import encode_prompts, refuse_hooks
 from .exact import WRAPPER_TYPE, is_side_path, side_paths
 from .families import (
     UnsupportedModelError,
     latent_shape,
-    model_family,
     refuse_if_it_takes_more,
     trainable_family,
     with_frames,
 )
 from .identity import model_identity
 from .inplace import OutOfPlace
-from .packed import as_numbers, is_packed, like, unpatched
+from .matrices import base_fingerprint, trained_keys
+from .packed import as_numbers, like
 
 # A training step keeps activations that inference frees; the host moves other models out of the
 # way for this many times what it would reserve for sampling.
@@ -294,144 +292,6 @@ def left_out_of_training(model) -> list[str]:
         f"Training ran without what upstream nodes put around the model ({', '.join(names)}); "
         "weight patches such as LoRAs were in place."
     ]
-
-
-def kohya_keys(model) -> dict[str, str]:
-    """Host keys of the model's weights by every LoRA name that the host knows for them."""
-    return comfy.lora.model_lora_keys_unet(model.model, {})
-
-
-def original_weights(model, keys: Mapping[str, str]) -> dict[str, Tensor]:
-    """The unpatched weights behind host keys, by name; loaded patches are looked through."""
-    found = {}
-    for name, key in keys.items():
-        module = model.model.get_submodule(key.removesuffix(".weight"))
-        weight = model.backup[key].weight if key in model.backup else module.weight
-        found[name] = as_numbers(module, unpatched(weight))
-    return found
-
-
-def has_packed_weights(model) -> bool:
-    """Whether some of the network's weights are kept as packed bytes, as GGUF files do."""
-    return any(is_packed(weight) for weight in model.model.diffusion_model.parameters())
-
-
-def trained_keys(model, layers: str | None = None) -> dict[str, str]:
-    """Host keys of the matrices that train, by kohya name.
-
-    They are those that a layer rule takes, None for the family's own, and the one that reads the
-    pooled vector.
-
-    Raises:
-        LayerRuleError: the rule matches nothing.
-    """
-    keys, family = kohya_keys(model), model_family(model)
-    taken = _keys_by_rule(model, layers)
-    if family.pooled_matrix in keys:
-        taken[family.pooled_matrix] = keys[family.pooled_matrix]
-    return taken
-
-
-def _keys_by_rule(model, layers: str | None = None) -> dict[str, str]:
-    """Host keys of the matrices that a layer rule takes, by kohya name; None is the family's own.
-
-    Raises:
-        LayerRuleError: the rule matches nothing.
-    """
-    keys, family = _matrix_keys(model), model_family(model)
-    rule = layers or family.defaults.get("layers", EraseSettings.layers)
-    return {name: keys[name] for name in matching(keys, rule)}
-
-
-def _matrix_keys(model) -> dict[str, str]:
-    """Host keys of all matrices by the kohya name that the model's family has for them."""
-    weights, family = model.model.state_dict(), model_family(model)
-    keys = {
-        name: key
-        for name, key in kohya_keys(model).items()
-        if name.startswith(family.matrix_names) and key in weights and weights[key].ndim == 2
-    }
-    # A host may know several names for one matrix; the first is the one made from its key.
-    first = {key: name for name, key in reversed(keys.items())}
-    return {name: key for key, name in reversed(first.items())}
-
-
-def known_matrices(model) -> dict[str, Tensor]:
-    """The unpatched matrices that a family is recognised by, by kohya name.
-
-    They are those that its own layer rule takes, or all where that takes none.
-    """
-    try:
-        keys = _keys_by_rule(model)
-    except LayerRuleError:
-        keys = _matrix_keys(model)
-    return original_weights(model, keys)
-
-
-def base_fingerprint(model) -> list[float]:
-    """Fingerprint of the unpatched matrices that an erasure changes."""
-    return fingerprint(known_matrices(model))
-
-
-def refuse_hooks(clip) -> None:
-    """Weights that change by prompt or by step are not what one fixed change is trained for.
-
-    The host puts a CLIP's hooks on its weights only where it encodes by its schedule, and lets the
-    conditioning carry them on to the MODEL; an erasure would be trained without either.
-
-    Raises:
-        UnsupportedModelError: the CLIP carries hooks.
-    """
-    patcher = getattr(clip, "patcher", None)
-    found = {
-        "on its own weights": getattr(patcher, "forced_hooks", None),
-        "for the MODEL, on every prompt it encodes": getattr(clip, "apply_hooks_to_conds", None),
-    }
-    where = [name for name, group in found.items() if group is not None and group.hooks]
-    if where:
-        kinds = {type(hook).__name__ for group in found.values() if group for hook in group.hooks}
-        raise UnsupportedModelError(
-            f"The connected CLIP carries hooks ({', '.join(sorted(kinds))}) {' and '.join(where)}. "
-            "They change weights while sampling, so an erasure trained beside them would be for "
-            "other weights. Connect the CLIP from before Set CLIP Hooks; for a LoRA that shall "
-            "be part of the training, use Load LoRA on MODEL and CLIP instead of Create Hook LoRA."
-        )
-
-
-def encode_prompts(
-    clip, prompts: Sequence[str], together: bool = False, pooled: bool = False
-) -> list[Encoded]:
-    """The embeddings of each prompt, float32 on the CPU.
-
-    The host encodes a long prompt as sections side by side in one batch; ``together`` uses that
-    for many prompts at once, and leaves out the pooled vectors, of which a batch has only one.
-
-    Args:
-        pooled: whether the pooled vector goes along with the tokens.
-    """
-    tokens = [clip.tokenize(prompt) for prompt in prompts]
-    if not together or len(prompts) < 2:
-        return [_encode_tokens(clip, one, pooled) for one in tokens]
-    merged = {name: [section for one in tokens for section in one[name]] for name in tokens[0]}
-    rows = _encode_tokens(clip, merged, pooled=False).tokens
-    first = next(iter(merged))
-    length = rows.shape[0] // len(merged[first])
-    parts = rows.split([len(one[first]) * length for one in tokens])
-    return [Encoded(part) for part in parts]
-
-
-def _encode_tokens(clip, tokens: Mapping[str, Any], pooled: bool) -> Encoded:
-    comfy.model_management.throw_exception_if_processing_interrupted()
-    # The encoder's weights are inference tensors: run it as the host does, copy what comes out.
-    with torch.inference_mode():
-        rows, vector = clip.encode_from_tokens(tokens, return_pooled=True)
-    if pooled and vector is None:
-        raise UnsupportedModelError(
-            "The connected text encoder gives no pooled vector, which this model needs. Connect "
-            "the CLIP that belongs to the model."
-        )
-    kept = [rows, vector] if pooled else [rows]
-    return Encoded(*(part[0].float().cpu().clone() for part in kept))
 
 
 def twin_of(model) -> nn.Module:

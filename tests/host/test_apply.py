@@ -15,8 +15,9 @@ from comfy_api.torch_helpers.torch_compile import set_torch_compile_wrapper
 from concept_surgery.erase_core.denoiser import Encoded, LowRankEdit
 from concept_surgery.erase_core.erasure import Erasure
 from concept_surgery.nodes.apply import ApplyErasure, ApplyError, apply_erasure, stack_report
+from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.exact import ExactModeError, SidePath, side_paths
-from concept_surgery.nodes.host import ComfyDenoiser, encode_prompts, left_out_of_training
+from concept_surgery.nodes.host import ComfyDenoiser, left_out_of_training
 from concept_surgery.nodes.stack import Applied, applied_to, stack_text
 
 from benchmarks import application

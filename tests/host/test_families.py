@@ -18,8 +18,10 @@ from concept_surgery.erase_core.denoiser import Encoded
 from concept_surgery.erase_core.report import report_text
 from concept_surgery.nodes import host
 from concept_surgery.nodes.apply import apply_erasure
+from concept_surgery.nodes.encoding import encode_prompts
+from concept_surgery.nodes.families import model_family
 from concept_surgery.nodes.files import save_erasure
-from concept_surgery.nodes.host import ComfyDenoiser, encode_prompts, model_family
+from concept_surgery.nodes.host import ComfyDenoiser
 
 from .small import built_model, load_family
 

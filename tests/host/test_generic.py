@@ -16,9 +16,11 @@ from concept_surgery.erase_core.report import report_text
 from concept_surgery.erase_core.settings import SettingsError
 from concept_surgery.nodes import host
 from concept_surgery.nodes.apply import apply_erasure, mismatches
+from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.families import UnsupportedModelError, trainable_family
 from concept_surgery.nodes.files import save_erasure
-from concept_surgery.nodes.host import ComfyDenoiser, encode_prompts, trained_keys
+from concept_surgery.nodes.host import ComfyDenoiser
+from concept_surgery.nodes.matrices import trained_keys
 
 from .encoder import RememberingClip
 from .small import built_model

@@ -8,7 +8,8 @@ import folder_paths
 import pytest
 import torch
 from comfy_extras.nodes_hooks import CombineHooks, CreateHookLora, SetClipHooks
-from concept_surgery.nodes.host import ComfyDenoiser, UnsupportedModelError
+from concept_surgery.nodes.families import UnsupportedModelError
+from concept_surgery.nodes.host import ComfyDenoiser
 from safetensors.torch import save_file
 
 LAYER = "lora_te_text_model_encoder_layers_0_mlp_fc1"

@@ -14,8 +14,9 @@ from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from comfy_extras.nodes_model_merging import ModelMergeSimple
 from concept_surgery.erase_core import Finished, erase, preset_settings
 from concept_surgery.nodes.apply import apply_erasure
-from concept_surgery.nodes.host import ComfyDenoiser, trained_keys
+from concept_surgery.nodes.host import ComfyDenoiser
 from concept_surgery.nodes.identity import model_identity
+from concept_surgery.nodes.matrices import trained_keys
 from concept_surgery.nodes.store import LanguageStore
 
 from tools.checkpoint import build_checkpoint

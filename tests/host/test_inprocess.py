@@ -13,13 +13,9 @@ from concept_surgery.erase_core.denoiser import Encoded
 from concept_surgery.erase_core.layers import LayerRuleError
 from concept_surgery.erase_core.report import report_text
 from concept_surgery.nodes.apply import ApplyError, apply_erasure
-from concept_surgery.nodes.host import (
-    ComfyDenoiser,
-    UnsupportedModelError,
-    left_out_of_training,
-    trained_keys,
-    twin_of,
-)
+from concept_surgery.nodes.families import UnsupportedModelError
+from concept_surgery.nodes.host import ComfyDenoiser, left_out_of_training, twin_of
+from concept_surgery.nodes.matrices import trained_keys
 from concept_surgery.nodes.store import KEPT_FILES, LanguageStore
 from concept_surgery.nodes.train import TrainErasure
 

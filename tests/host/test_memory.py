@@ -11,8 +11,11 @@ from concept_surgery.erase_core.activations import Recompute, SavedBytes
 from concept_surgery.erase_core.denoiser import LowRankEdit
 from concept_surgery.erase_core.erasure import Erasure
 from concept_surgery.erase_core.memory import Need
+from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.exact import add_side_path
-from concept_surgery.nodes.host import ComfyDenoiser, encode_prompts, model_family, trained_keys
+from concept_surgery.nodes.families import model_family
+from concept_surgery.nodes.host import ComfyDenoiser
+from concept_surgery.nodes.matrices import trained_keys
 
 from ..core.small_device import SmallDevice
 from .small import built_model, load_family, random_text_encoder

@@ -7,8 +7,10 @@ import comfy.utils
 import pytest
 import torch
 from concept_surgery.nodes.apply import MODES, apply_erasure, mismatches
+from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.families import UnsupportedModelError
-from concept_surgery.nodes.host import ComfyDenoiser, encode_prompts, known_matrices
+from concept_surgery.nodes.host import ComfyDenoiser
+from concept_surgery.nodes.matrices import known_matrices
 from concept_surgery.nodes.packed import is_packed
 
 from . import fake_gguf

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from concept_surgery.nodes.apply import apply_erasure
-from concept_surgery.nodes.host import encode_prompts
+from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.store import LanguageStore
 
 from .encoder import RememberingClip

@@ -12,7 +12,9 @@ import pytest
 import torch
 from concept_surgery.erase_core import erase, preset_settings
 from concept_surgery.nodes.apply import apply_erasure
-from concept_surgery.nodes.host import ComfyDenoiser, encode_prompts, model_family
+from concept_surgery.nodes.encoding import encode_prompts
+from concept_surgery.nodes.families import model_family
+from concept_surgery.nodes.host import ComfyDenoiser
 from concept_surgery.nodes.store import LanguageStore
 
 from benchmarks.emoji.build import WEIGHTS, build_emoji_checkpoint
