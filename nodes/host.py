@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import comfy.lora
 import comfy.model_management
 import comfy.samplers
 import torch

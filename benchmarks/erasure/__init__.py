@@ -1,7 +1,7 @@
 """Does it erase, and what else goes with it? Ours and the peers on the small emoji model.
 
 ``run`` measures erasures (``cases``) with methods (``methods``), and keeps a line for each;
-``report`` makes the summary, the table and the plots of them; ``tuned`` chooses settings on
+``report`` makes the summary, the table and the plot of them; ``tuned`` chooses settings on
 erasures of their own; ``ablations`` changes one setting at a time; ``recovery`` attacks; ``memory``
 and ``shortcuts`` measure what they say. Each is ``python -m benchmarks.erasure.<name>`` and goes on
 where it stopped.

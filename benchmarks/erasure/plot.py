@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import StrMethodFormatter  # noqa: E402
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 NEEDED = ("UA_intact", "IRA", "H", "seconds")
 OURS = "ours/"
@@ -30,7 +28,8 @@ def plot(summary: Summary, path: Path) -> None:
     if not methods:
         return
     with matplotlib.rc_context({"svg.hashsalt": "erasure", "svg.fonttype": "none"}):
-        figure, (kept, cost) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        kept, cost = figure.subplots(1, 2)
         for number, (name, row) in enumerate(sorted(methods.items(), key=_best_first)):
             look = _look(name, number)
             _mark(kept, row["UA_intact"], row["IRA"], look)
@@ -40,8 +39,7 @@ def plot(summary: Summary, path: Path) -> None:
         cost.set(xlabel="seconds on one core", ylabel="H", xscale="log", ylim=(0, 1))
         cost.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         figure.legend(*cost.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-        figure.savefig(path, metadata={"Date": None})
-        pyplot.close(figure)
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def _best_first(item: tuple[str, Mapping[str, Any]]) -> float:
