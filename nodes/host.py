@@ -101,7 +101,8 @@ class ComfyDenoiser:
     @functools.cached_property
     def _twin(self) -> nn.Module:
         memory = self._model.memory_required(self._planned_shape) * TRAINING_MEMORY_FACTOR
-        comfy.model_management.load_models_gpu([self._model], memory_required=memory)
+        with _host_moves_weights():
+            comfy.model_management.load_models_gpu([self._model], memory_required=memory)
         return twin_of(self._model)
 
     @functools.cached_property
@@ -211,7 +212,8 @@ class ComfyDenoiser:
         """See :class:`erase_core.denoiser.Denoiser`. The host moves other models away."""
         management = comfy.model_management
         own = management.LoadedModel(self._model)
-        management.free_memory(needed, self.device, keep_loaded=[own])
+        with _host_moves_weights():
+            management.free_memory(needed, self.device, keep_loaded=[own])
         return management.get_free_memory(self.device)
 
     def _by_length(
@@ -256,6 +258,13 @@ class ComfyDenoiser:
                     weight = weights[names[key]]
                     weights[names[key]] = weight.float() + delta.to(weight.device)
         return weights
+
+
+def _host_moves_weights() -> contextlib.AbstractContextManager:
+    """As the host's executor has it: outside inference mode a module that moves is left with
+    parameters that are neither normal nor inference tensors, and the next sampler fails.
+    """
+    return torch.inference_mode()
 
 
 def with_resident_weights(model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
@@ -305,6 +307,28 @@ def test_training_sees_the_patches_upstream(loaded, finished):
         x = torch.randn(1, 4, 8, 8, generator=generator) * 5**0.5
         x0 = denoiser.predict_x0(x, torch.tensor([2.0]), [Encoded(tokens)])
     torch.testing.assert_close((x - x0) / 2.0, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_host_samples_with_what_training_had_it_load(checkpoint, loaded, store, monkeypatch):
+    """On a GPU the first to need a model moves it there; what samples next is the host's own."""
+    with torch.inference_mode():
+        model = comfy.sd.load_checkpoint_guess_config(str(checkpoint), output_clip=False)[0]
+    tokens = tokens_of(loaded[1], ["a cat"])[0]
+    management = comfy.model_management
+    loads, frees, moved = management.load_models_gpu, management.free_memory, []
+
+    def move(way, *args, **more):
+        moved.append(way)
+        model.model.to(torch.float64).to(torch.float32)  # as from one device to another
+        return way(*args, **more)
+
+    monkeypatch.setattr(management, "load_models_gpu", functools.partial(move, loads))
+    monkeypatch.setattr(management, "free_memory", functools.partial(move, frees))
+    train((model, loaded[1]), store, concepts="cat => dog", steps=2)
+    monkeypatch.undo()
+    assert {loads, frees} <= set(moved)
+    expected = noise_prediction(loaded[0], tokens, 2.0)
+    torch.testing.assert_close(noise_prediction(model, tokens, 2.0), expected)
 
 
 def test_language_store_survives_damage_and_stays_small(tmp_path):
