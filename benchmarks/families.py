@@ -118,10 +118,16 @@ ARCHITECTURES = {
 }
 
 
-def on_meta(config_class, unet: dict):
-    """The host's MODEL of an architecture, shapes only."""
+def in_half_precision(config_class, unet: dict):
+    """The host's configuration of an architecture."""
     config = config_class({**UNET, **unet} if "num_res_blocks" in unet else unet)
     config.set_inference_dtype(torch.float16, None)
+    return config
+
+
+def on_meta(config_class, unet: dict):
+    """The host's MODEL of an architecture, shapes only."""
+    config = in_half_precision(config_class, unet)
     return comfy.model_patcher.ModelPatcher(config.get_model({}, "", device=META), META, META)
 
 

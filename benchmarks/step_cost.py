@@ -30,6 +30,7 @@ from concept_surgery.erase_core.states import EncodedPair, States  # noqa: E402
 from concept_surgery.erase_core.trainer import Pool, Ridge, SurgeryTrainer  # noqa: E402
 from concept_surgery.nodes.host import ComfyDenoiser  # noqa: E402
 
+from benchmarks.random_weights import fill_network  # noqa: E402
 from tools.checkpoint import build_checkpoint  # noqa: E402
 from tools.environment import BUILD  # noqa: E402
 
@@ -60,17 +61,9 @@ def real_width_model() -> comfy.model_patcher.ModelPatcher:
     """The SD1.5 U-Net with random weights, made inside inference mode as the host would."""
     config = comfy.supported_models.SD15(dict(UNET))
     config.set_inference_dtype(torch.float32, None)
-    generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         model = config.get_model({}, "", device="cpu")
-        for weight in model.diffusion_model.parameters():
-            if weight.ndim > 1:
-                weight.normal_(0, weight[0].numel() ** -0.5, generator=generator)
-            else:
-                weight.fill_(0)
-        for module in model.diffusion_model.modules():
-            if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
-                module.weight.fill_(1)
+        fill_network(model.diffusion_model)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from tools.environment import HOST, ROOT, STUBS
+from tools.environment import HOST, ON_GPU, ROOT, STUBS
 
 PACKAGE = "concept_surgery"
 
@@ -40,6 +40,8 @@ def load_pack() -> ModuleType:
 def use_host() -> None:
     """Make the host's modules importable in this process, on the CPU and with one thread.
 
+    With ``HOST_ON_GPU=1`` in the environment on the GPU.
+
     Has to come before the first import of ``comfy``: the host reads its command line and picks
     its device while it is being imported.
     """
@@ -51,5 +53,5 @@ def use_host() -> None:
             sys.path.remove(str(folder))
         sys.path.insert(0, str(folder))
     importlib.import_module("comfy.options").enable_args_parsing(False)
-    importlib.import_module("comfy.cli_args").args.cpu = True
+    importlib.import_module("comfy.cli_args").args.cpu = not ON_GPU
     importlib.import_module("torch").set_num_threads(1)

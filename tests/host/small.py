@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
@@ -56,11 +57,12 @@ def built_model(architecture: str):
     CLIP-L stands for their text encoders: all take the width of the tokens from their weights.
     """
     config_class, unet = _TRANSFORMERS[architecture]
-    cpu = torch.device("cpu")
+    management = comfy.model_management
+    device, offload = management.get_torch_device(), management.unet_offload_device()
     with torch.inference_mode():
         config = config_class(_known_here(architecture, unet))
         config.set_inference_dtype(torch.float32, None)
-        model = comfy.model_patcher.ModelPatcher(config.get_model({}, "", device=cpu), cpu, cpu)
+        model = comfy.model_patcher.ModelPatcher(config.get_model({}, "", offload), device, offload)
         generator = torch.Generator().manual_seed(0)
         for name, weight in model.model.diffusion_model.state_dict().items():
             noise = torch.randn(weight.shape, generator=generator)

@@ -8,11 +8,12 @@ from concept_surgery.nodes.apply import apply_erasure
 from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.store import LanguageStore
 
+from benchmarks.emoji.sdxl_text import trained_sdxl_encoder
+
 from .encoder import RememberingClip
 from .small import load_family
 from .test_families import relative_change
 from .test_unnamed import KEPT, check_a_twentieth, train
-from .trained_encoder import trained_sdxl_encoder
 
 # Keys and values of many layers have farther to go than the one matrix of SD3 and Flux.
 SETTINGS = {"captions": 300, "trajectories": 8}

@@ -28,7 +28,7 @@ def weights_hash(model) -> str:
     state = model.model.state_dict()
     for key in sorted(state):
         weight = model.backup[key].weight if key in model.backup else state[key]
-        digest.update(key.encode() + weight.detach().float().numpy().tobytes())
+        digest.update(key.encode() + weight.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
