@@ -1,9 +1,9 @@
 """What a training costs on a GPU at real size: ``python -m benchmarks.gpu``
 
 The architectures of ``benchmarks.families`` with random weights, and text encoders of real size, in
-half precision, each in a process of its own. Beside it what one picture costs, 20 steps with
-guidance at the resolution the family trains at, so that the ratio holds for other cards.
-``--free 8`` leaves that many GiB of the card free, as a smaller one would have. Writes
+half precision, each in a process of its own with one processor thread. Beside it what one picture
+costs, 20 steps with guidance at the resolution the family trains at, so that the ratio holds for
+other cards. ``--free 8`` leaves that many GiB of the card free, as a smaller one would have. Writes
 ``benchmarks/results/gpu.json``.
 """
 
@@ -131,6 +131,7 @@ def measure(name: str, preset: str) -> dict[str, Any]:
         "preset": preset,
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "processor_threads": torch.get_num_threads(),
         "dtype": str(model.model.get_dtype()).removeprefix("torch."),
         "resolution": side,
         "picture": plain,
