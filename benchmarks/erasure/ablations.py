@@ -20,7 +20,7 @@ from benchmarks.emoji.words import STYLE_NAMES, fill, without_object
 from benchmarks.erasure.cases import PLAIN, STYLED, TUNED, Case
 from benchmarks.erasure.methods import ours
 from benchmarks.erasure.methods.base import Method
-from benchmarks.erasure.results import RESULTS, Cache
+from benchmarks.erasure.results import RESULTS
 
 LINES = RESULTS / "erasure_ablations.jsonl"
 BASE = ours.BALANCED
@@ -100,8 +100,7 @@ def _label(values: Mapping[str, Any]) -> str:
 def main() -> None:
     """The command line."""
     from benchmarks.erasure.painter import STEPS
-    from benchmarks.erasure.protocol import Bench
-    from benchmarks.erasure.run import checkpoint, find_cases, run_all
+    from benchmarks.erasure.run import find_cases, open_bench, run_all
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("factors", nargs="*", default=[*FACTORS, *CASES])
@@ -112,7 +111,7 @@ def main() -> None:
     parser.add_argument("--instant", action="store_true", help="change the closed form alone")
     asked = parser.parse_args()
     base = ours.INSTANT if asked.instant else BASE
-    bench = Bench(asked.checkpoint or checkpoint(), Cache(asked.results), asked.steps)
+    bench = open_bench(asked.checkpoint, asked.results, asked.steps)
     cases: Sequence[Case] = find_cases(asked.cases) if asked.cases else TUNED
     for factor in asked.factors:
         if factor in CASES:

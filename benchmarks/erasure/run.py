@@ -10,6 +10,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,6 +52,31 @@ def checkpoint() -> Path:
         return CHECKPOINT
     place_judge()
     return build_emoji_checkpoint(CHECKPOINT)
+
+
+def open_bench(path: Path | None, results: Path, steps: int) -> Bench:
+    """What a command measures with: the emoji model unless another checkpoint is given."""
+    bench = Bench(path or checkpoint(), Cache(results), steps)
+    leave_out_empty_layers(bench.painter.clip)
+    return bench
+
+
+def leave_out_empty_layers(clip: Any) -> None:
+    """Take those layers out of the host's CLIP-L that add nothing, which changes no bit.
+
+    Of the emoji model's twelve they are ten, and five sixths of the time that encoding takes.
+    """
+    encoder = clip.cond_stage_model.clip_l.transformer.text_model.encoder
+    adding = [
+        layer
+        for layer in encoder.layers
+        if any(part.any() for end in _ends(layer) for part in end.parameters())
+    ]
+    encoder.layers = torch.nn.ModuleList(adding)
+
+
+def _ends(layer: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
+    return layer.self_attn.out_proj, layer.mlp.fc2
 
 
 def find_cases(names: Sequence[str]) -> list[Case]:
@@ -104,7 +130,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    bench = Bench(chosen.checkpoint or checkpoint(), Cache(chosen.results), chosen.steps)
+    bench = open_bench(chosen.checkpoint, chosen.results, chosen.steps)
     cases = find_cases(
         chosen.cases or (QUICK_CASES if chosen.quick else [c.name for c in REPORTED])
     )

@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.erasure.cases import TUNED
 from benchmarks.erasure.methods import METHODS, esd, ileco, leco, ours, speed, uce
 from benchmarks.erasure.methods.base import Method
-from benchmarks.erasure.results import RESULTS, Cache
+from benchmarks.erasure.results import RESULTS
 
 CHOSEN = RESULTS / "erasure_tuned.json"
 TUNING_LINES = RESULTS / "erasure_tuning.jsonl"
@@ -68,8 +68,7 @@ def tuned_methods(path: Path = CHOSEN) -> dict[str, Method]:
 def main() -> None:
     """The command line."""
     from benchmarks.erasure.painter import STEPS
-    from benchmarks.erasure.protocol import Bench
-    from benchmarks.erasure.run import checkpoint
+    from benchmarks.erasure.run import open_bench
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=list(GRIDS), help="methods to tune")
@@ -78,7 +77,7 @@ def main() -> None:
     parser.add_argument("--chosen", type=Path, default=CHOSEN)
     parser.add_argument("--steps", type=int, default=STEPS, help="of the sampler")
     asked = parser.parse_args()
-    bench = Bench(asked.checkpoint or checkpoint(), Cache(asked.results), asked.steps)
+    bench = open_bench(asked.checkpoint, asked.results, asked.steps)
     kept: dict[str, Any] = {"model": bench.painter.identity, "chosen": {}, "H": {}}
     if asked.chosen.exists():
         before = json.loads(asked.chosen.read_text(encoding="utf-8"))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import comfy.sample
+import comfy.sd
 import pytest
 import torch
 from concept_surgery.erase_core import erase, preset_settings
 from concept_surgery.nodes.apply import apply_erasure
 
+from benchmarks.emoji.build import build_emoji_checkpoint
 from benchmarks.erasure.painter import GUIDANCE, Painter
+from benchmarks.erasure.run import leave_out_empty_layers
+from tools.environment import BUILD
 
 TEXTS, NEGATIVES = ("a cat in ink style", "look at the dog"), ("", "a cat")
 STEPS = 3
@@ -98,3 +102,18 @@ def test_encoded_prompts_are_the_hosts_and_kept(painter) -> None:
     again = Painter(painter.path, STEPS, fast=False, folder=painter.folder)
     assert any(painter.folder.rglob("*.npy"))
     assert torch.equal(again.encode(["a rose"])[0], rows)
+
+
+def test_the_emoji_models_empty_layers_add_nothing() -> None:
+    path = build_emoji_checkpoint(BUILD / "checkpoints" / "emoji.safetensors")
+    with torch.inference_mode():
+        clip = comfy.sd.load_checkpoint_guess_config(
+            str(path), output_model=False, output_vae=False
+        )[1]
+        tokens = clip.tokenize("a cat in clay style")
+        whole = clip.encode_from_tokens(tokens, return_pooled=True)
+        leave_out_empty_layers(clip)
+        shorter = clip.encode_from_tokens(tokens, return_pooled=True)
+        assert len(clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers) == 2
+        for one, other in zip(shorter, whole, strict=True):
+            assert torch.equal(one, other)
