@@ -189,6 +189,7 @@ def main() -> None:
         print(json.dumps(measure(*asked.one)))
         return
     rows: list[dict[str, Any]] = []
+    failed = []
     for free in (None, *asked.free):
         for name in asked.models:
             for preset in asked.presets:
@@ -196,10 +197,12 @@ def main() -> None:
                     call = [sys.executable, "-m", "benchmarks.gpu", "--one", name, preset]
                     done = subprocess.run(call, stdout=subprocess.PIPE, text=True)
                 if done.returncode:
-                    print(f"{name} {preset} with {free} GiB free: failed", flush=True)
+                    failed.append(f"{name} {preset}, {free or 'all'} GiB free")
                     continue
                 rows.append({"free_gib": free} | json.loads(done.stdout.splitlines()[-1]))
                 print(json.dumps(rows[-1]), flush=True)
+    if failed:  # what is known already stays as it is
+        raise SystemExit(f"Not written, since these failed: {'; '.join(failed)}.")
     RESULT.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 

@@ -261,8 +261,10 @@ class ComfyDenoiser:
 
 
 def _host_moves_weights() -> contextlib.AbstractContextManager:
-    """As the host's executor has it: outside inference mode a module that moves is left with
-    parameters that are neither normal nor inference tensors, and the next sampler fails.
+    """Inference mode, in which the host's executor moves them.
+
+    Outside it a module that moves is left with parameters that are neither normal nor inference
+    tensors, and the next sampler fails.
     """
     return torch.inference_mode()
 

@@ -29,7 +29,7 @@ VENV = BUILD / "venv"
 # Another ComfyUI to test against, with the Python that runs the tests; left as it is.
 OTHER_HOST = os.environ.get("COMFYUI_FOLDER")
 HOST = Path(OTHER_HOST) if OTHER_HOST else BUILD / "host"
-# For a GPU; else the host runs on the CPU.
+# Whether the host may use a GPU, set by whoever has one; else it runs on the CPU.
 ON_GPU = os.environ.get("HOST_ON_GPU", "") not in ("", "0")
 STUBS = BUILD / "stubs"
 SETUP_LOG = BUILD / "setup.log"

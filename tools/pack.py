@@ -40,7 +40,7 @@ def load_pack() -> ModuleType:
 def use_host() -> None:
     """Make the host's modules importable in this process, on the CPU and with one thread.
 
-    With ``HOST_ON_GPU=1`` in the environment on the GPU.
+    With ``HOST_ON_GPU=1`` in the environment it takes the GPU instead.
 
     Has to come before the first import of ``comfy``: the host reads its command line and picks
     its device while it is being imported.

@@ -85,9 +85,9 @@ def check(model, clip, erasure, rounding: float) -> None:
         edited = apply_erasure(model, erasure, 1.0, mode)
         held = [change(model, edited, clip, prompt) for prompt in ("", KEPT)]
         moved = change(model, edited, clip, ERASED)
-        print(f"{mode}: held {held}, moved {moved}")
-        assert max(held) <= (rounding if mode == MERGE else BESIDE)
-        assert moved > 10 * max(held)
+        found = f"{mode}: held {held}, moved {moved}"
+        assert max(held) <= (rounding if mode == MERGE else BESIDE), found
+        assert moved > 10 * max(held), found
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -98,7 +98,6 @@ def test_every_number_format(checkpoint, loaded, name, tmp_path):
         )[0]
     before = weights_hash(model)
     erasure = train(model, loaded[1])
-    print("gradient apart", erasure.record["gradient_apart"], erasure.record["memory"])
     check(model, loaded[1], erasure, ROUNDING[name])
     saved = Erasure.load(save_erasure(erasure, tmp_path, "erasure"))
     check(model, loaded[1], saved, ROUNDING[name])
@@ -144,9 +143,8 @@ def test_memory_that_runs_out_is_met_with_less_at_a_time(loaded):
         memory = train(*loaded, **large).record["memory"]
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    print(whole, memory)
-    assert whole["at_once"] == 8 and not whole["ran_out"]
-    assert memory["ran_out"] and (memory["at_once"] < 8 or memory["checkpointing"])
+    assert whole["at_once"] == 8 and not whole["ran_out"], whole
+    assert memory["ran_out"] and (memory["at_once"] < 8 or memory["checkpointing"]), memory
 
 
 def test_nothing_stays_on_the_device(loaded):
