@@ -17,9 +17,10 @@ from typing import Any
 from concept_surgery.erase_core.prompts import TEMPLATES
 
 from benchmarks.emoji.words import STYLE_NAMES, fill, without_object
-from benchmarks.erasure.cases import PLAIN, STYLED, TUNED, Case
-from benchmarks.erasure.methods import ours
+from benchmarks.erasure.cases import PLAIN, REPORTED, STYLED, TUNED, Case
+from benchmarks.erasure.methods import esd, ours
 from benchmarks.erasure.methods.base import Method
+from benchmarks.erasure.methods.phrased import phrased
 from benchmarks.erasure.results import RESULTS
 
 LINES = RESULTS / "erasure_ablations.jsonl"
@@ -73,6 +74,10 @@ CASES: dict[str, Sequence[Case]] = {
     ],
     "no keep prompts": [dataclasses.replace(case, keeps=False) for case in TUNED],
 }
+# Does ESD leave styles alone because the bare word, which it learns from, draws none? Nothing is
+# chosen by this, so it is asked of the reported ones.
+PEERS: dict[str, Sequence[Method]] = {"phrasings": [phrased(esd.X), phrased(esd.X_STRICT)]}
+STYLES = tuple(case for case in REPORTED if case.kind == "style")
 LONGEST_LABEL = 60
 
 
@@ -103,7 +108,7 @@ def main() -> None:
     from benchmarks.erasure.run import find_cases, open_bench, run_all
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("factors", nargs="*", default=[*FACTORS, *CASES])
+    parser.add_argument("factors", nargs="*", default=[*FACTORS, *CASES, *PEERS])
     parser.add_argument("--cases", nargs="*", help="names of cases")
     parser.add_argument("--checkpoint", type=Path, default=None)
     parser.add_argument("--results", type=Path, default=LINES)
@@ -116,6 +121,8 @@ def main() -> None:
     for factor in asked.factors:
         if factor in CASES:
             run_all(bench, CASES[factor], [base], [0])
+        elif factor in PEERS:
+            run_all(bench, STYLES, PEERS[factor], [0])
         else:
             run_all(bench, cases, variants(factor, base), [0])
 

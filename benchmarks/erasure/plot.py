@@ -13,6 +13,7 @@ from matplotlib.ticker import StrMethodFormatter
 
 NEEDED = ("UA_intact", "IRA", "H", "seconds")
 OURS = "ours/"
+VARIANTS = ("-tuned", "-phrased")
 MARKERS = "osD^vPX<>*hpd"
 Summary = Mapping[str, Mapping[str, Any]]
 
@@ -20,11 +21,13 @@ Summary = Mapping[str, Mapping[str, Any]]
 def plot(summary: Summary, path: Path) -> None:
     """Write an SVG of the methods that have all that it shows; nothing where none has.
 
-    Marks are means, lines their 95 % intervals over the erasures.
+    Of a peer's variants it shows the one with the highest H, or a score of marks would hide each
+    other. Marks are means, lines their 95 % intervals over the erasures.
     """
     methods = {
         name: row for name, row in summary.items() if all(row.get(n) is not None for n in NEEDED)
     }
+    methods = _best_variants(methods)
     if not methods:
         return
     with matplotlib.rc_context({"svg.hashsalt": "erasure", "svg.fonttype": "none"}):
@@ -40,6 +43,16 @@ def plot(summary: Summary, path: Path) -> None:
         cost.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         figure.legend(*cost.get_legend_handles_labels(), loc="outside right upper", frameon=False)
         figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def _best_variants(summary: Summary) -> dict[str, Mapping[str, Any]]:
+    chosen: dict[str, str] = {}
+    for name, _ in sorted(summary.items(), key=_best_first):
+        plain = name
+        for ending in VARIANTS:
+            plain = plain.removesuffix(ending)
+        chosen.setdefault(plain, name)
+    return {name: summary[name] for name in chosen.values()}
 
 
 def _best_first(item: tuple[str, Mapping[str, Any]]) -> float:

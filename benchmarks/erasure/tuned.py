@@ -31,6 +31,8 @@ GRIDS: dict[str, Sequence[Mapping[str, Any]]] = {
     "ileco": (*ileco.GRID[1:], {"rate": 5e-3}, {"rate": 1e-2}),
     "uce": uce.GRID,
     "speed": speed.GRID,
+    "uce-phrased": ({"ridge": 0.5}, {"ridge": 5.0}, {"ridge": 50.0}),
+    "speed-phrased": ({"threshold": 0.1}, {"threshold": 0.01}),
     "leco": (*leco.GRID, {**leco.SHORT, "rate": 1e-2}),
     "ours/instant": ours.CLOSED_GRID,
     "ours/balanced": ours.TRAINED_GRID,

@@ -17,10 +17,12 @@ from benchmarks.erasure.instead import text_instead
 from benchmarks.erasure.methods import esd, ileco, leco, ours, speed, uce
 from benchmarks.erasure.methods.base import (
     Lora,
+    Method,
     last_subject_token,
     predict_eps,
     whole_matrices,
 )
+from benchmarks.erasure.methods.phrased import PhrasedCase, phrased
 from benchmarks.erasure.plot import plot
 from benchmarks.erasure.results import Cache, digest
 from benchmarks.erasure.tuned import GRIDS, choose, variants
@@ -257,6 +259,10 @@ def test_the_plot_shows_the_methods_that_have_all_it_needs(tmp_path) -> None:
     assert "ours/a" in drawing and ">b<" not in drawing
     plot(summary, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_text() == drawing
+    better = {**whole, "H": [0.95, 0.9, 1.0], "seconds": 2.0}
+    plot({"c": {**whole, "seconds": 1.0}, "c-tuned": better}, tmp_path / "best.svg")
+    drawing = (tmp_path / "best.svg").read_text()
+    assert ">c-tuned<" in drawing and ">c<" not in drawing
     plot({"b": summary["b"]}, tmp_path / "none.svg")
     assert not (tmp_path / "none.svg").exists()
 
@@ -377,6 +383,34 @@ def test_speed_and_ours_run_on_the_same_denoiser(monkeypatch) -> None:
     assert change.any() and (change @ null.tokens[0]).abs().max() < 1e-5
     outcome = ours.train(denoiser, case, 0, {"preset": "instant", "captions": 24})
     assert outcome.edit.factors["toy_attn2_to_k"].any()
+
+
+@pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
+def test_a_phrased_case_tells_a_peer_what_ours_is_told(case: Case) -> None:
+    told, pairs = PhrasedCase.of(case), prompt_pairs(_settings(case))
+    assert [(c.text, c.alternative) for c in told.concepts] == [
+        (pair.erased, pair.alternative) for pair in pairs
+    ]
+    assert set(case.erased) <= set(told.erased)
+    assert told.keep == case.keep
+
+
+def test_a_phrased_peer_learns_the_phrasings() -> None:
+    case, denoiser = Case("cat => dog", "object"), ToyDenoiser()
+    pairs = [pair for pair in prompt_pairs(_settings(case)) if pair.erased != pair.alternative]
+    erased, aims = (
+        torch.stack([last_subject_token(denoiser, text).float() for text in texts])
+        for texts in zip(*[(pair.erased, pair.alternative) for pair in pairs], strict=True)
+    )
+
+    def left(method: Method) -> float:
+        edit, total = method.train(denoiser, case, 0, method.settings).edit, 0.0
+        for name, weight in denoiser.matrices().items():
+            new = weight + edit.factors[name] @ edit.bases[name].T
+            total += float((erased @ new.T - aims @ weight.T).square().sum())
+        return total
+
+    assert left(phrased(uce.UCE)) < 0.5 * left(uce.UCE)
 
 
 def test_every_start_changes_nothing() -> None:
