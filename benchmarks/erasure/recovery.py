@@ -25,7 +25,7 @@ from benchmarks.erasure.cases import Case
 from benchmarks.erasure.methods.base import Method, predict_eps
 from benchmarks.erasure.metrics import rounded
 from benchmarks.erasure.protocol import Bench, method_code
-from benchmarks.erasure.results import RESULTS, Cache
+from benchmarks.erasure.results import RESULTS
 
 LINES = RESULTS / "erasure_recovery.jsonl"
 PROMPT, WORD = "a picture of thing", 4  # the word's row: the start token is row 0
@@ -133,15 +133,17 @@ def run(bench: Bench, case: Case, method: Method | None, seed: int) -> dict[str,
 
 def main() -> None:
     """The command line."""
-    from benchmarks.erasure.run import QUICK_CASES, checkpoint, find_cases, find_methods
+    from benchmarks.erasure.painter import STEPS as SAMPLER_STEPS
+    from benchmarks.erasure.run import QUICK_CASES, find_cases, find_methods, open_bench
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=None)
     parser.add_argument("--cases", nargs="*", default=QUICK_CASES)
     parser.add_argument("--methods", nargs="*", default=["ours/balanced", "esd-x", "uce"])
     parser.add_argument("--results", type=Path, default=LINES)
+    parser.add_argument("--steps", type=int, default=SAMPLER_STEPS, help="of the sampler")
     asked = parser.parse_args()
-    bench = Bench(asked.checkpoint or checkpoint(), Cache(asked.results))
+    bench = open_bench(asked.checkpoint, asked.results, asked.steps)
     methods: Sequence[Method | None] = [None, *find_methods(asked.methods)]
     for case in find_cases(asked.cases):
         for method in methods:
