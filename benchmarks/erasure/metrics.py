@@ -56,10 +56,20 @@ def harmonic_mean(values: Sequence[float]) -> float:
     return len(values) / sum(1 / value for value in values) if min(values) > 0 else 0.0
 
 
+def mean_of_means(means: np.ndarray) -> np.ndarray:
+    """Of erasures' means (..., erasures, columns): (...)."""
+    return means.mean((-2, -1))
+
+
+def ratio_of_means(means: np.ndarray) -> np.ndarray:
+    """Of (..., erasures, 2): what is left of the second column in the first, over all."""
+    return means[..., 0].mean(-1) / means[..., 1].mean(-1)
+
+
 def bootstrap(
     clusters: Sequence[Sequence[float] | Sequence[tuple[float, ...]]],
-    statistic: Callable[[np.ndarray], float] = np.mean,
-    draws: int = 2000,
+    statistic: Callable[[np.ndarray], np.ndarray] = mean_of_means,
+    draws: int = 10_000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
     """A statistic of the clusters' means and its 95 % interval.
@@ -69,7 +79,7 @@ def bootstrap(
 
     Args:
         clusters: the values of each erasure, one for each seed; or rows of several.
-        statistic: of the erasures' means, (erasures,) or (erasures, columns).
+        statistic: of the erasures' means, (draws, erasures, columns) to (draws,).
 
     Returns:
         The value, the 2.5th and the 97.5th percentile.
@@ -77,23 +87,20 @@ def bootstrap(
     Raises:
         ValueError: no values.
     """
-    clusters = [np.asarray(values, dtype=float) for values in clusters if len(values)]
-    if not clusters:
+    tables = [np.asarray(values, dtype=float) for values in clusters if len(values)]
+    if not tables:
         raise ValueError("bootstrap needs at least one value.")
-    value = float(statistic(np.array([values.mean(0) for values in clusters])))
-    generator = np.random.default_rng(seed)
-    found = np.empty(draws)
-    for draw in range(draws):
-        chosen = generator.integers(len(clusters), size=len(clusters))
-        means = [generator.choice(clusters[c], len(clusters[c])).mean(0) for c in chosen]
-        found[draw] = statistic(np.array(means))
-    low, high = np.percentile(found, (2.5, 97.5))
-    return value, float(low), float(high)
-
-
-def ratio_of_means(means: np.ndarray) -> float:
-    """Of rows (n, 2): what is left of the second in the first, over all."""
-    return float(means[:, 0].mean() / means[:, 1].mean())
+    tables = [table.reshape(len(table), -1) for table in tables]
+    value = statistic(np.array([[table.mean(0) for table in tables]]))[0]
+    generator, count = np.random.default_rng(seed), len(tables)
+    chosen = generator.integers(count, size=(draws, count))
+    means = np.empty((draws, count, tables[0].shape[1]))
+    for number, table in enumerate(tables):
+        here = chosen == number
+        seeds = generator.integers(len(table), size=(here.sum(), len(table)))
+        means[here] = table[seeds].mean(1)
+    low, high = np.percentile(statistic(means), (2.5, 97.5))
+    return float(value), float(low), float(high)
 
 
 def measures(groups: Mapping[str, Mapping[str, Sequence]], kind: str) -> dict[str, float | None]:
