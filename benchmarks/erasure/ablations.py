@@ -76,7 +76,7 @@ CASES: dict[str, Sequence[Case]] = {
 }
 # Does ESD leave styles alone because the bare word, which it learns from, draws none? Nothing is
 # chosen by this, so it is asked of the reported ones.
-PEERS: dict[str, Sequence[Method]] = {"phrasings": [phrased(esd.X), phrased(esd.X_STRICT)]}
+ON_STYLES: dict[str, Sequence[Method]] = {"phrasings": [phrased(esd.X), phrased(esd.X_STRICT)]}
 STYLES = tuple(case for case in REPORTED if case.kind == "style")
 LONGEST_LABEL = 60
 
@@ -108,7 +108,7 @@ def main() -> None:
     from benchmarks.erasure.run import find_cases, open_bench, run_all
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("factors", nargs="*", default=[*FACTORS, *CASES, *PEERS])
+    parser.add_argument("factors", nargs="*", default=[*FACTORS, *CASES, *ON_STYLES])
     parser.add_argument("--cases", nargs="*", help="names of cases")
     parser.add_argument("--checkpoint", type=Path, default=None)
     parser.add_argument("--results", type=Path, default=LINES)
@@ -121,8 +121,8 @@ def main() -> None:
     for factor in asked.factors:
         if factor in CASES:
             run_all(bench, CASES[factor], [base], [0])
-        elif factor in PEERS:
-            run_all(bench, STYLES, PEERS[factor], [0])
+        elif factor in ON_STYLES:
+            run_all(bench, STYLES, ON_STYLES[factor], [0])
         else:
             run_all(bench, cases, variants(factor, base), [0])
 

@@ -21,8 +21,8 @@ Summary = Mapping[str, Mapping[str, Any]]
 def plot(summary: Summary, path: Path) -> None:
     """Write an SVG of the methods that have all that it shows; nothing where none has.
 
-    Of a peer's variants it shows the one with the highest H, or a score of marks would hide each
-    other. Marks are means, lines their 95 % intervals over the erasures.
+    Of a method's variants (tuned, phrased) it shows the one with the highest H, or the marks would
+    hide each other. Marks are means, lines their 95 % intervals over the erasures.
     """
     methods = {
         name: row for name, row in summary.items() if all(row.get(n) is not None for n in NEEDED)
@@ -46,6 +46,7 @@ def plot(summary: Summary, path: Path) -> None:
 
 
 def _best_variants(summary: Summary) -> dict[str, Mapping[str, Any]]:
+    """Of ``uce``, ``uce-tuned``, ``uce-phrased`` and ``uce-phrased-tuned`` one, and so on."""
     chosen: dict[str, str] = {}
     for name, _ in sorted(summary.items(), key=_best_first):
         plain = name
