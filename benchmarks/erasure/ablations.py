@@ -18,7 +18,7 @@ from concept_surgery.erase_core.prompts import TEMPLATES
 
 from benchmarks.emoji.words import STYLE_NAMES, fill, without_object
 from benchmarks.erasure.cases import PLAIN, REPORTED, STYLED, TUNED, Case
-from benchmarks.erasure.methods import esd, ours
+from benchmarks.erasure.methods import esd, ours, subspaces
 from benchmarks.erasure.methods.base import Method
 from benchmarks.erasure.methods.phrased import phrased
 from benchmarks.erasure.results import RESULTS
@@ -78,6 +78,8 @@ CASES: dict[str, Sequence[Case]] = {
 # chosen by this, so it is asked of the reported ones.
 ON_STYLES: dict[str, Sequence[Method]] = {"phrasings": [phrased(esd.X), phrased(esd.X_STRICT)]}
 STYLES = tuple(case for case in REPORTED if case.kind == "style")
+# Where R comes from, and whether it is orthogonal to anything: not a setting, so it is replaced.
+SUBSPACE = "subspace"
 LONGEST_LABEL = 60
 
 
@@ -108,7 +110,7 @@ def main() -> None:
     from benchmarks.erasure.run import find_cases, open_bench, run_all
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("factors", nargs="*", default=[*FACTORS, *CASES, *ON_STYLES])
+    parser.add_argument("factors", nargs="*", default=[*FACTORS, SUBSPACE, *CASES, *ON_STYLES])
     parser.add_argument("--cases", nargs="*", help="names of cases")
     parser.add_argument("--checkpoint", type=Path, default=None)
     parser.add_argument("--results", type=Path, default=LINES)
@@ -123,6 +125,8 @@ def main() -> None:
             run_all(bench, CASES[factor], [base], [0])
         elif factor in ON_STYLES:
             run_all(bench, STYLES, ON_STYLES[factor], [0])
+        elif factor == SUBSPACE:
+            run_all(bench, cases, subspaces.variants(base), [0])
         else:
             run_all(bench, cases, variants(factor, base), [0])
 

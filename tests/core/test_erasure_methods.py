@@ -1,5 +1,7 @@
 """The methods of ``benchmarks/erasure``: the peers' equations, ours on the same denoiser."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from concept_surgery.erase_core.denoiser import Encoded
@@ -8,7 +10,7 @@ from concept_surgery.erase_core.prompts import PromptPair, prompt_pairs
 
 from benchmarks.erasure import ablations, metrics, recovery
 from benchmarks.erasure.cases import REPORTED, TUNED, Case
-from benchmarks.erasure.methods import esd, ileco, leco, ours, speed, uce
+from benchmarks.erasure.methods import esd, ileco, leco, ours, speed, subspaces, uce
 from benchmarks.erasure.methods.base import (
     Lora,
     Method,
@@ -193,6 +195,35 @@ def test_every_variant_of_ours_can_be_asked_for() -> None:
         assert settings.layers == method.layers  # what the denoiser is opened with
     named = [method.name for method in methods if method is not ablations.BASE]
     assert len(set(named)) == len(named)
+
+
+def test_the_quietest_directions_are_generalised_eigenvectors() -> None:
+    torch.manual_seed(2)
+    change, root = (torch.randn(n, 9, dtype=torch.float64) for n in (7, 30))
+    protected = root.T @ root / 30
+    found = subspaces.quietest_directions(change, change, protected)
+    images = change.T @ change @ found
+    sizes = (found * images).sum(0) / (found * (protected @ found)).sum(0)
+    assert (images - protected @ found * sizes).abs().max() < 1e-9
+    assert (sizes[:-1] >= sizes[1:]).all() and sizes[0] > 2 * sizes[5] > 0
+
+
+def test_another_subspace_changes_r_alone(monkeypatch) -> None:
+    monkeypatch.setattr(ours, "_language", dict)
+    denoiser, case = ToyDenoiser(), Case("cat => dog", "object")
+    null = denoiser.encode([""])[0].tokens[0]
+    weight = denoiser.matrices()["toy_attn2_to_k"]
+    methods, found = subspaces.variants(ours.INSTANT), {}
+    for method in methods:
+        settings = {**method.settings, "captions": 24, "protection": 0.3, "rank": 2}
+        edit = method.train(denoiser, case, 0, settings).edit
+        basis = edit.bases["toy_attn2_to_k"]
+        change = edit.factors["toy_attn2_to_k"] @ basis.T
+        null_moves = float((change @ null).norm() / (weight @ null).norm())
+        assert (null_moves < 1e-5) == (not method.name.endswith(subspaces.NOTHING_EXACT))
+        found[method.name] = basis @ basis.T
+    for one, two in combinations(found.values(), 2):
+        assert (one - two).norm() > 0.1
 
 
 def test_inversion_trains_one_row_and_fits_better() -> None:
