@@ -17,6 +17,8 @@ from benchmarks.erasure.results import LINES, RESULTS, Cache
 
 SUMMARY, TABLE = RESULTS / "erasure.json", RESULTS / "erasure.md"
 PLOT = RESULTS / "erasure.svg"
+MEMORY = RESULTS / "erasure_memory.json"
+BEST = "ours/balanced"  # the default, which the others are held against
 COLUMNS = {
     "UA": "UA",
     "UA_intact": "UA, intact",
@@ -34,6 +36,29 @@ COLUMNS = {
     "H": "H",
 }
 COSTS = ("forward_equivalents", "bare_steps", "seconds")
+UNKNOWN = "–"
+LEGEND = """\
+Shares of pictures, means over the erasures; ± half of the 95 % interval over erasures and their
+seeds. *Relative*: over the untouched model's, so that it can exceed 1.
+
+- **UA**: erased prompts whose picture no longer shows the concept; **intact**: and lies near real
+  pictures. **integrity**: intact pictures of the erased prompts, relative. **replaced**: shows the
+  alternative, where one was named.
+- **synonyms**, **from a picture**: the concept is also gone from prompts with another word for it,
+  and from pictures redrawn from a real one that shows it (img2img).
+- **IRA**, **CRA**: pictures of things and styles that the run never named, right in the erased
+  concept's own domain (of an object: which object) and in the other, relative. **change**: root
+  mean square difference of their pixels, same seed. **crossing**: the other domain's label on the
+  erased prompts' pictures, relative.
+- **left out**, **kept**, **negative**: right pictures of pairs of object and style that the model
+  was never trained on, of the keep prompts, and of prompts with the concept in the negative prompt,
+  relative.
+- **H**: harmonic mean of "UA, intact", IRA and CRA.
+- **null drift**: change of the null prompt's prediction, relative, the worst over sigma and runs.
+  **fwd-eq**: evaluations of the denoiser for one picture, a backward pass counting two.
+  **steps' worth**: time over that of a bare forward and backward. **memory**: peak while training
+  over plain inference.
+"""
 Lines = Iterable[Mapping[str, Any]]
 
 
@@ -110,21 +135,71 @@ def compare(
     return bootstrap(list(clusters.values())) if clusters else None
 
 
-def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown, best H first; half the width of the interval behind each figure."""
-    heads = ["method", *COLUMNS.values(), "null drift", "fwd-eq", "steps' worth", "runs"]
-    rows = [heads, ["---"] * len(heads)]
-    for method, row in sorted(summary.items(), key=lambda item: -_value(item[1], "H")):
+def table(summary: Mapping[str, Mapping[str, Any]], memory: Mapping[str, float]) -> str:
+    """Markdown, best H first; half the width of the interval behind each figure.
+
+    Args:
+        memory: peak in training over plain inference, of the methods of which it is known.
+    """
+    heads = ["method", *COLUMNS.values(), "null drift", "fwd-eq", "steps' worth", "memory", "runs"]
+    rows = []
+    for method, row in sorted(summary.items(), key=_best_first):
         cells = [_cell(row.get(name), row["erasures"] > 1) for name in COLUMNS]
         costs = [f"{row['null_drift']:.1g}", f"{row['forward_equivalents']:.0f}"]
-        costs += [f"{row['bare_steps']:.0f}", f"{row['runs']}"]
+        costs += [f"{row['bare_steps']:.0f}"]
+        costs += [f"{memory[method]:.2f}" if method in memory else UNKNOWN, f"{row['runs']}"]
         rows.append([method, *cells, *costs])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return _markdown(heads, rows)
+
+
+def seeds_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: each method's H by seed, and how far it is behind :data:`BEST` on common runs."""
+    seeds = sorted({line["of"]["seed"] for line in lines})
+    rows = []
+    for method, row in sorted(summarise(lines).items(), key=_best_first):
+        own = [line for line in lines if line["of"]["method"] == method]
+        cells = [_of_seed(own, seed, row["erasures"]) for seed in seeds]
+        rows.append([method, *cells, "" if method == BEST else _behind(lines, method)])
+    return _markdown(["H", *(f"seed {seed}" for seed in seeds), f"behind {BEST}"], rows)
+
+
+def _behind(lines: Sequence[Mapping[str, Any]], method: str) -> str:
+    """Mean difference of H from :data:`BEST`, with its interval."""
+    found = compare(lines, BEST, method, "H")
+    if found is None:
+        return UNKNOWN
+    value, low, high = (round(figure, 2) + 0.0 for figure in found)  # + 0: no minus before a zero
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _of_seed(lines: Lines, seed: int, erasures: int) -> str:
+    """Mean H of a seed; how many erasures it has, where some are missing."""
+    values = [line["measures"].get("H") for line in lines if line["of"]["seed"] == seed]
+    values = [value for value in values if value is not None]
+    if not values:
+        return UNKNOWN
+    some = "" if len(values) == erasures else f" (of {len(values)})"
+    return f"{np.mean(values):.2f}{some}"
+
+
+def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    every = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(row)} |\n" for row in every)
+
+
+def known_memory(path: Path = MEMORY) -> dict[str, float]:
+    """Peak in training over plain inference by method, from ``benchmarks.erasure.memory``."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {method: peaks["ratio"] for method, peaks in found.items()}
+
+
+def _best_first(item: tuple[str, Mapping[str, Any]]) -> float:
+    return -_value(item[1], "H")
 
 
 def _cell(figure: Sequence[float] | None, several: bool) -> str:
     if figure is None:
-        return "–"
+        return UNKNOWN
     value, low, high = figure
     # Of one erasure nothing follows for another, so there is no interval.
     return f"{value:.2f} ±{(high - low) / 2:.2f}" if several else f"{value:.2f}"
@@ -165,11 +240,15 @@ def main() -> None:
     if not asked.all:
         reported = {case.text for case in REPORTED}
         lines = [line for line in lines if line["of"]["case"] in reported]
-    summary = summarise(lines)
-    text = table(summary)
+    summary, memory = summarise(lines), known_memory()
+    parts = [LEGEND, table(summary, memory)]
     common = common_lines(lines)
     if 0 < len(common) < len(lines):
-        text += f"\nOn the runs that every method has:\n\n{table(summarise(common))}"
+        parts += ["On the runs that every method has:\n", table(summarise(common), memory)]
+    if len({line["of"]["seed"] for line in lines}) > 1:
+        parts += ["By seed, and how far behind the default on the runs that both have:\n"]
+        parts += [seeds_table(lines)]
+    text = "\n".join(parts)
     asked.folder.mkdir(parents=True, exist_ok=True)
     kept = {"model": model, "methods": rounded(summary)}
     (asked.folder / SUMMARY.name).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")

@@ -232,9 +232,35 @@ def test_the_summary_takes_the_newest_lines_of_one_model() -> None:
     assert summary["a"]["null_drift"] == 0.3 and "replaced" not in summary["b"]
     # Only the cat, at seed 0, was run with both.
     assert report.compare(lines, "a", "b", "H") == pytest.approx((0.25, 0.25, 0.25))
-    rows = report.table(summary).splitlines()
-    assert len(rows) == 4 and rows[2].startswith("| a | ") and "0.70 ±" in rows[2]
-    assert "0.25 |" in rows[3] and "±" not in rows[3]  # one erasure has no interval
+    heads, _, *rows = report.table(summary, {"b": 1.25}).splitlines()
+    assert len(rows) == 2 and rows[0].startswith("| a | ") and "0.70 ±" in rows[0]
+    assert "0.25 |" in rows[1] and "±" not in rows[1]  # one erasure has no interval
+    memory = heads.split(" | ").index("memory")
+    assert [row.split(" | ")[memory] for row in rows] == [report.UNKNOWN, "1.25"]
+
+
+def test_the_seeds_table_tells_what_is_missing_and_compares_common_runs() -> None:
+    best = report.BEST
+    lines = [
+        _line("cat", best, 0, H=0.9),
+        _line("dog", best, 0, H=0.7),
+        _line("cat", best, 1, H=0.8),
+        _line("cat", "uce", 0, H=0.5),
+        _line("dog", "new", 2, H=1.0),
+        _line("cat", "same", 0, H=0.9001),
+    ]
+    _, _, *rows = (row.split(" | ") for row in report.seeds_table(lines).splitlines())
+    found = {row[0].strip("| "): [cell.strip(" |") for cell in row[1:]] for row in rows}
+    assert found[best] == ["0.80", "0.80 (of 1)", report.UNKNOWN, ""]
+    assert found["uce"] == ["0.50", report.UNKNOWN, report.UNKNOWN, "0.40 (0.40 to 0.40)"]
+    assert found["new"][-1] == report.UNKNOWN
+    assert found["same"][-1] == "0.00 (0.00 to 0.00)"
+
+
+def test_the_memory_is_known_of_what_was_measured(tmp_path) -> None:
+    assert report.known_memory(tmp_path / "none.json") == {}
+    assert {"ours/balanced", "uce"} <= set(report.known_memory())
+    assert all(1 < ratio < 2 for ratio in report.known_memory().values())
 
 
 def test_the_plot_shows_the_methods_that_have_all_it_needs(tmp_path) -> None:
