@@ -19,9 +19,22 @@ def digest(value: Any) -> str:
 
 
 def code_digest(paths: Iterable[Path]) -> str:
-    """Of the text of source files."""
-    texts = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+    """Of the text of source files, without what decides no result."""
+    texts = sorted(hashlib.sha256(_decisive(path)).hexdigest() for path in paths)
     return digest(texts)
+
+
+def _decisive(path: Path) -> bytes:
+    """A file's lines but, in Python, those that hold nothing or a comment alone.
+
+    A comment may explain a choice without all that was measured being measured again. One behind
+    code counts: it can't be told from a # in a string without parsing.
+    """
+    text = path.read_bytes()
+    if path.suffix != ".py":
+        return text
+    lines = text.splitlines(keepends=True)
+    return b"".join(line for line in lines if not line.strip().startswith(b"#") and line.strip())
 
 
 class Cache:

@@ -12,7 +12,7 @@ from benchmarks.erasure import metrics, report
 from benchmarks.erasure.cases import MOST_KEPT, OTHERS, REPORTED, TUNED, Case, Question
 from benchmarks.erasure.instead import text_instead
 from benchmarks.erasure.plot import plot
-from benchmarks.erasure.results import Cache, digest
+from benchmarks.erasure.results import Cache, code_digest, digest
 from benchmarks.erasure.tuned import choose
 
 EVERY = (*TUNED, *REPORTED)
@@ -206,6 +206,22 @@ def test_the_cache_refuses_a_line_that_was_edited(tmp_path) -> None:
     with pytest.raises(ValueError, match="edited"):
         Cache(path)
     assert digest(line["of"]) != line["key"]
+
+
+def test_comments_decide_no_result_but_everything_else_does(tmp_path) -> None:
+    def of(text: str, name: str = "method.py") -> str:
+        path = tmp_path / name
+        path.write_text(text)
+        return code_digest([path])
+
+    plain = of("RATE = 1\n\ndef train():\n    return RATE\n")
+    assert of("# Why.\nRATE = 1\ndef train():\n\n    # Because.\n    return RATE\n") == plain
+    others = [
+        "RATE = 2\ndef train():\n    return RATE\n",
+        "RATE = 1  # why\ndef train():\n    return RATE\n",
+    ]
+    assert plain not in [of(text) for text in others]
+    assert of("a cat\n", "captions.txt") != of("# a dog\na cat\n", "captions.txt")
 
 
 def _line(case: str, method: str, seed: int, model: str = "m", **measures) -> dict:
