@@ -23,7 +23,7 @@ bench-step: setup
 
 # Needs the emoji model, see benchmarks/emoji. Goes on where it stopped; all of it takes hours.
 bench: setup
-	$(VENV_PYTHON) -m benchmarks.erasure.run
+	$(VENV_PYTHON) -m benchmarks.erasure.run --steps 10
 	$(VENV_PYTHON) -m benchmarks.erasure.report
 
 bench-quick: setup
