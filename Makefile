@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV_PYTHON = build/venv/bin/python
 
-.PHONY: setup demo test lint bench bench-quick bench-step clean
+.PHONY: setup demo test lint bench bench-ablations bench-quick bench-step clean
 
 setup:
 	$(PYTHON) -m tools setup
@@ -25,6 +25,12 @@ bench-step: setup
 bench: setup
 	$(VENV_PYTHON) -m benchmarks.erasure.run --steps 10
 	$(VENV_PYTHON) -m benchmarks.erasure.report
+
+# One setting at a time; goes on like the other.
+bench-ablations: setup
+	$(VENV_PYTHON) -m benchmarks.erasure.ablations --steps 10
+	$(VENV_PYTHON) -m benchmarks.erasure.ablations --steps 10 --instant protection rank templates target captions subspace
+	$(VENV_PYTHON) -m benchmarks.erasure.ablation_tables
 
 bench-quick: setup
 	$(VENV_PYTHON) -m benchmarks.erasure.run --quick --steps 10 --threads 2 --results build/erasure/quick.jsonl

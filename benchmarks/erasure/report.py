@@ -149,7 +149,7 @@ def table(summary: Mapping[str, Mapping[str, Any]], memory: Mapping[str, float])
         costs += [f"{row['bare_steps']:.0f}"]
         costs += [f"{memory[method]:.2f}" if method in memory else UNKNOWN, f"{row['runs']}"]
         rows.append([method, *cells, *costs])
-    return _markdown(heads, rows)
+    return markdown(heads, rows)
 
 
 def seeds_table(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -160,7 +160,7 @@ def seeds_table(lines: Sequence[Mapping[str, Any]]) -> str:
         own = [line for line in lines if line["of"]["method"] == method]
         cells = [_of_seed(own, seed, row["erasures"]) for seed in seeds]
         rows.append([method, *cells, "" if method == BEST else _behind(lines, method)])
-    return _markdown(["H", *(f"seed {seed}" for seed in seeds), f"behind {BEST}"], rows)
+    return markdown(["H", *(f"seed {seed}" for seed in seeds), f"behind {BEST}"], rows)
 
 
 def _behind(lines: Sequence[Mapping[str, Any]], method: str) -> str:
@@ -182,7 +182,8 @@ def _of_seed(lines: Lines, seed: int, erasures: int) -> str:
     return f"{np.mean(values):.2f}{some}"
 
 
-def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     every = [heads, ["---"] * len(heads), *rows]
     return "".join(f"| {' | '.join(row)} |\n" for row in every)
 

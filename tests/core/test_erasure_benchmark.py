@@ -8,9 +8,10 @@ from concept_surgery.erase_core.prompts import prompt_pairs
 from concept_surgery.erase_core.settings import EraseSettings
 
 from benchmarks.emoji.words import LEFT_OUT_PAIRS, OBJECT_NAMES, STYLE_NAMES
-from benchmarks.erasure import metrics, report
+from benchmarks.erasure import ablation_tables, ablations, metrics, report
 from benchmarks.erasure.cases import MOST_KEPT, OTHERS, REPORTED, TUNED, Case, Question
 from benchmarks.erasure.instead import text_instead
+from benchmarks.erasure.methods import Method, ours
 from benchmarks.erasure.plot import plot
 from benchmarks.erasure.results import Cache, code_digest, digest
 from benchmarks.erasure.tuned import choose
@@ -271,6 +272,41 @@ def test_the_seeds_table_tells_what_is_missing_and_compares_common_runs() -> Non
     assert found["uce"] == ["0.50", report.UNKNOWN, report.UNKNOWN, "0.40 (0.40 to 0.40)"]
     assert found["new"][-1] == report.UNKNOWN
     assert found["same"][-1] == "0.00 (0.00 to 0.00)"
+
+
+def _ablation(case: str, method: Method, gone: str, keep: bool = True, model: str = "m") -> dict:
+    flags = {"name": "11", "style": "11", "gone": gone, "intact": "11", "replaced": "--"}
+    group = {**flags, **{f"{name}_before": value for name, value in flags.items()}}
+    group |= {"change": [0.1, 0.1], "distance": [1, 1], "distance_before": [1, 1]}
+    of = {"model": model, "case": case, "method": method.name, "keep": [1] * keep, "kind": "object"}
+    return {
+        "of": of,
+        "groups": {"erased": group, "others": {**group, "gone": "--"}},
+        "notes": {"protection": 3.0 if gone == "11" else 0.3, "moved": None},
+        "null_drift": {"200": 1e-7, "800": 2e-7},
+        "cost": {"forward_equivalents": 1200},
+    }
+
+
+def test_ablation_tables_compare_on_the_erasures_that_all_values_have() -> None:
+    base, two, four, *_ = ablations.variants("rank", ours.INSTANT)
+    lines = [
+        _ablation("cat", base, "10", model="old"),
+        *(_ablation("cat", m, gone) for m, gone in ((base, "11"), (two, "10"), (four, "11"))),
+        *(_ablation("dog", m, "00") for m in (base, two)),
+        _ablation("bee", base, "00", keep=False),
+    ]
+    text = ablation_tables.tables(ablation_tables.runs_of(lines, "m"))
+    instant, balanced = text.split("## ")[1:3]
+    rows = [row.split(" | ") for row in instant.splitlines() if row.startswith("| ")][2:]
+    assert [row[1] for row in rows] == [ablation_tables.AS_IT_IS, "rank 2", "rank 4"]
+    assert [row[2] for row in rows] == ["1.00", "0.50", "1.00"]  # the cat alone
+    assert [row[-1] for row in rows] == ["1 |"] * 3 and [row[-2] for row in rows][:2] == [
+        "3",
+        "0.3",
+    ]
+    assert rows[0][-3] == "2e-07" and rows[0][8] == report.UNKNOWN
+    assert balanced.count("\n| ") == 2  # no lines, no rows
 
 
 def test_the_memory_is_known_of_what_was_measured(tmp_path) -> None:
