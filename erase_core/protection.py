@@ -16,8 +16,6 @@ RIDGES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
 SHARE_OF_ATTAINABLE = 0.93
 # How far the guidance of the concept that moves least should go, where it is measured.
 AIM = 0.92
-# A weaker ridge must gain this much to be worth what it harms.
-LEAST_GAIN = 0.01
 
 Moves = Callable[[ClosedForm], Iterator[int]]
 
@@ -45,7 +43,8 @@ def strongest_that_moves(
 
     A generator: yields images evaluated, returns a :class:`Choice`. Keys and values decide first,
     at no cost; where something is sampled, weaker ridges are tried as long as the guidance of the
-    concept that moves least is short of the aim and gains.
+    concept that moves least is short of the aim, and what is left of it falls by a larger factor
+    than what ordinary language is harmed by grows.
 
     Args:
         moves: a generator function that returns how far each concept goes, on the model's
@@ -64,12 +63,22 @@ def strongest_that_moves(
         if moves is None:
             return Choice(solution, ridge, solution.moved)
         moved = yield from moves(solution)
-        if best is not None and min(moved) < min(best.moved) + LEAST_GAIN:
+        tried = Choice(solution, ridge, moved)
+        if best is not None and _price(tried) >= _price(best):
             break
-        best = Choice(solution, ridge, moved)
+        best = tried
         if min(moved) >= AIM:
             break
     return best
+
+
+def _price(choice: Choice) -> float:
+    """What is left of the concept that moves least, times what is harmed.
+
+    Some concepts never get far: a style whose prompts name no other thing, say. Asked for any gain
+    at all, they drew the ridge down to where other styles were lost and they were no more gone.
+    """
+    return (1 - min(choice.moved)) * choice.solution.harm
 
 
 def _enough(solution: ClosedForm, attainable: Sequence[float]) -> bool:

@@ -261,9 +261,16 @@ def test_the_ridge_chosen_is_the_strongest_that_is_enough(seed, concepts):
 
 @pytest.mark.parametrize(
     "guidance, tried, chosen",
-    [([0.95], 1, 0), ([0.5, 0.7, 0.93], 3, 2), ([0.5, 0.7, 0.705], 3, 1)],
+    [
+        ([0.95], 1, 0),
+        ([0.5, 0.8, 0.93], 3, 2),
+        ([0.5, 0.8, 0.805], 3, 1),
+        ([0.7, 0.75], 2, 0),  # a gain, but less than what it harms
+    ],
 )
-def test_weaker_ridges_are_tried_while_the_guidance_is_short_and_gains(guidance, tried, chosen):
+def test_weaker_ridges_are_tried_while_the_guidance_is_short_and_gains_more_than_it_harms(
+    guidance, tried, chosen
+):
     problem, evaluated = Regression(3, 1, 4, 1.0).problem, []
 
     def moves(solution):

@@ -7,6 +7,7 @@ with the alternative, or without the concept, takes its place: what of our resul
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,9 @@ from concept_surgery.erase_core.settings import Concept, EraseSettings
 from benchmarks.erasure.cases import Case
 from benchmarks.erasure.methods import ileco, speed, uce
 from benchmarks.erasure.methods.base import Method, Outcome
+
+# What of the engine decides a result: which prompts it pairs.
+PAIRING = ("../../../erase_core/prompts.py", "../../../erase_core/settings.py")
 
 
 class PhrasedCase(Case):
@@ -41,9 +45,8 @@ def phrased(method: Method) -> Method:
     def train(denoiser: Denoiser, case: Case, seed: int, settings: Mapping[str, Any]) -> Outcome:
         return method.train(denoiser, PhrasedCase.of(case), seed, settings)
 
-    # The templates are part of the engine's source.
-    files = (*method.files, "phrased.py")
-    return Method(f"{method.name}-phrased", train, method.settings, method.layers, files, True)
+    name, files = f"{method.name}-phrased", (*method.files, "phrased.py", *PAIRING)
+    return dataclasses.replace(method, name=name, train=train, files=files)
 
 
 PHRASED = tuple(phrased(method) for method in (uce.UCE, speed.SPEED, ileco.ILECO))
