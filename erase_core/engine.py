@@ -19,15 +19,12 @@ from .identity import USE_IF_THERE, result_key, stored_result
 from .language import plain_captions, second_moment, spread
 from .layers import reads_prompt
 from .pooled import POOLED_CAPTIONS, PooledEdit, as_tokens, shrunk, solve_pooled
-from .protection import Choice
+from .protection import LEAST_MOVED, Choice
 from .record import VERSION
 from .run import Progress, Run
 from .settings import EraseSettings, SettingsError
 from .subspace import ExactSet, KeptPrompt, SubspaceError, exact_set
 from .trainer import Pool, Ridge, SurgeryTrainer
-
-# A concept of which less than this moves is not erased; better to say so than to hand it on.
-LEAST_MOVED = 0.5
 
 # Weight of the alternative's and the approximate keep prompts' own second moment beside that of
 # ordinary language. They are few prompts among a thousand, but the user named them.

@@ -16,6 +16,9 @@ RIDGES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
 SHARE_OF_ATTAINABLE = 0.93
 # How far the guidance of the concept that moves least should go, where it is measured.
 AIM = 0.92
+# A concept of which less than this moves is not erased; better to say so than to hand it on. Until
+# then any gain counts.
+LEAST_MOVED, LEAST_GAIN = 0.5, 0.01
 
 Moves = Callable[[ClosedForm], Iterator[int]]
 
@@ -44,7 +47,8 @@ def strongest_that_moves(
     A generator: yields images evaluated, returns a :class:`Choice`. Keys and values decide first,
     at no cost; where something is sampled, weaker ridges are tried as long as the guidance of the
     concept that moves least is short of the aim, and what is left of it falls by a larger factor
-    than what ordinary language is harmed by grows.
+    than what ordinary language is harmed by grows; short of what is accepted at all, as long as it
+    gains.
 
     Args:
         moves: a generator function that returns how far each concept goes, on the model's
@@ -64,7 +68,7 @@ def strongest_that_moves(
             return Choice(solution, ridge, solution.moved)
         moved = yield from moves(solution)
         tried = Choice(solution, ridge, moved)
-        if best is not None and _price(tried) >= _price(best):
+        if best is not None and not _worth(tried, best):
             break
         best = tried
         if min(moved) >= AIM:
@@ -72,13 +76,16 @@ def strongest_that_moves(
     return best
 
 
-def _price(choice: Choice) -> float:
-    """What is left of the concept that moves least, times what is harmed.
+def _worth(weaker: Choice, best: Choice) -> bool:
+    """Whether a weaker ridge takes more from what is left of the concept than it adds to the harm.
 
-    Some concepts never get far: a style whose prompts name no other thing, say. Asked for any gain
-    at all, they drew the ridge down to where other styles were lost and they were no more gone.
+    Some concepts never get far, such as a style that nothing replaces. As long as any gain was
+    enough, they drew the ridge down to where other styles were lost, and were no more gone.
     """
-    return (1 - min(choice.moved)) * choice.solution.harm
+    if min(best.moved) < LEAST_MOVED:
+        return min(weaker.moved) >= min(best.moved) + LEAST_GAIN
+    left, left_before = 1 - min(weaker.moved), 1 - min(best.moved)
+    return left * weaker.solution.harm < left_before * best.solution.harm
 
 
 def _enough(solution: ClosedForm, attainable: Sequence[float]) -> bool:

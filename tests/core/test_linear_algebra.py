@@ -266,6 +266,8 @@ def test_the_ridge_chosen_is_the_strongest_that_is_enough(seed, concepts):
         ([0.5, 0.8, 0.93], 3, 2),
         ([0.5, 0.8, 0.805], 3, 1),
         ([0.7, 0.75], 2, 0),  # a gain, but less than what it harms
+        ([0.45, 0.52, 0.55], 3, 1),  # any gain, until there is enough to be accepted
+        ([0.4, 0.405], 2, 0),
     ],
 )
 def test_weaker_ridges_are_tried_while_the_guidance_is_short_and_gains_more_than_it_harms(
