@@ -16,9 +16,13 @@ RIDGES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
 SHARE_OF_ATTAINABLE = 0.93
 # How far the guidance of the concept that moves least should go, where it is measured.
 AIM = 0.92
+# A weaker ridge must gain this much, and harm no more than this for each concept. Some concepts
+# never get far, such as a style that nothing replaces: with any harm allowed, they drew the ridge
+# down to where other styles were lost, and were no more gone.
+LEAST_GAIN, MOST_HARM = 0.01, 0.01
 # A concept of which less than this moves is not erased; better to say so than to hand it on. Until
-# then any gain counts.
-LEAST_MOVED, LEAST_GAIN = 0.5, 0.01
+# then the harm doesn't count.
+LEAST_MOVED = 0.5
 
 Moves = Callable[[ClosedForm], Iterator[int]]
 
@@ -46,9 +50,7 @@ def strongest_that_moves(
 
     A generator: yields images evaluated, returns a :class:`Choice`. Keys and values decide first,
     at no cost; where something is sampled, weaker ridges are tried as long as the guidance of the
-    concept that moves least is short of the aim, and what is left of it falls by a larger factor
-    than what ordinary language is harmed by grows; short of what is accepted at all, as long as it
-    gains.
+    concept that moves least is short of the aim and gains, and as long as they do little harm.
 
     Args:
         moves: a generator function that returns how far each concept goes, on the model's
@@ -66,26 +68,19 @@ def strongest_that_moves(
         solution = solve(ridge)
         if moves is None:
             return Choice(solution, ridge, solution.moved)
-        moved = yield from moves(solution)
-        tried = Choice(solution, ridge, moved)
-        if best is not None and not _worth(tried, best):
+        if best is not None and min(best.moved) >= LEAST_MOVED and _harms(solution):
             break
-        best = tried
+        moved = yield from moves(solution)
+        if best is not None and min(moved) < min(best.moved) + LEAST_GAIN:
+            break
+        best = Choice(solution, ridge, moved)
         if min(moved) >= AIM:
             break
     return best
 
 
-def _worth(weaker: Choice, best: Choice) -> bool:
-    """Whether a weaker ridge takes more from what is left of the concept than it adds to the harm.
-
-    Some concepts never get far, such as a style that nothing replaces. As long as any gain was
-    enough, they drew the ridge down to where other styles were lost, and were no more gone.
-    """
-    if min(best.moved) < LEAST_MOVED:
-        return min(weaker.moved) >= min(best.moved) + LEAST_GAIN
-    left, left_before = 1 - min(weaker.moved), 1 - min(best.moved)
-    return left * weaker.solution.harm < left_before * best.solution.harm
+def _harms(solution: ClosedForm) -> bool:
+    return solution.harm > MOST_HARM * len(solution.columns)
 
 
 def _enough(solution: ClosedForm, attainable: Sequence[float]) -> bool:

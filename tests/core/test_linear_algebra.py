@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from concept_surgery.erase_core import protection
 from concept_surgery.erase_core.alignment import STREAM_IDS, align_tokens
 from concept_surgery.erase_core.closed_form import (
     FLOOR,
@@ -260,19 +261,20 @@ def test_the_ridge_chosen_is_the_strongest_that_is_enough(seed, concepts):
 
 
 @pytest.mark.parametrize(
-    "guidance, tried, chosen",
+    "guidance, tried, chosen, most_harm",
     [
-        ([0.95], 1, 0),
-        ([0.5, 0.8, 0.93], 3, 2),
-        ([0.5, 0.8, 0.805], 3, 1),
-        ([0.7, 0.75], 2, 0),  # a gain, but less than what it harms
-        ([0.45, 0.52, 0.55], 3, 1),  # any gain, until there is enough to be accepted
-        ([0.4, 0.405], 2, 0),
+        ([0.95], 1, 0, 9),
+        ([0.5, 0.7, 0.93], 3, 2, 9),
+        ([0.5, 0.7, 0.705], 3, 1, 9),
+        ([0.5], 1, 0, 0),  # enough to be accepted, and weaker ones would do harm
+        ([0.4, 0.45, 0.52], 3, 2, 0),  # whatever the harm, until there is enough
+        ([0.4, 0.55], 2, 1, 0),
     ],
 )
-def test_weaker_ridges_are_tried_while_the_guidance_is_short_and_gains_more_than_it_harms(
-    guidance, tried, chosen
+def test_weaker_ridges_are_tried_while_the_guidance_is_short_and_they_gain_without_harm(
+    guidance, tried, chosen, most_harm, monkeypatch
 ):
+    monkeypatch.setattr(protection, "MOST_HARM", most_harm)
     problem, evaluated = Regression(3, 1, 4, 1.0).problem, []
 
     def moves(solution):
@@ -290,6 +292,31 @@ def test_weaker_ridges_are_tried_while_the_guidance_is_short_and_gains_more_than
     assert choice.solution is evaluated[chosen] and choice.moved == [guidance[chosen]]
     harms = [solution.harm for solution in evaluated]
     assert harms == sorted(harms)
+
+
+def test_harm_is_allowed_for_each_concept(monkeypatch):
+    problem = Regression(3, 3, 4, 1.0).problem
+    harms = [problem.solve(ridge, 4).harm for ridge in RIDGES]
+
+    def moves(solution):
+        yield 1
+        return [0.5 + 0.02 * harms.index(solution.harm)] * 3  # always a gain, never the aim
+
+    for weakest in range(len(RIDGES)):
+        monkeypatch.setattr(protection, "MOST_HARM", harms[weakest] / 3 * 1.0001)
+        with pytest.raises(StopIteration) as end:
+            stage = strongest_that_moves(problem, 4, moves)
+            while True:
+                next(stage)
+        first = harms.index(_first(problem).harm)
+        assert end.value.value.ridge == RIDGES[max(first, weakest)]
+
+
+def _first(problem):
+    """The closed form where nothing is sampled, which is where the search begins."""
+    with pytest.raises(StopIteration) as end:
+        next(strongest_that_moves(problem, 4, None))
+    return end.value.value.solution
 
 
 def test_keys_and_values_both_count_in_the_metric_of_many_matrices():
