@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-VERSION = "0.5.0"
+VERSION = "0.6.0"
 
 _NUMBER = (int, float)
 _TEXTS_WITH_DRIFT = [{"text": str, "drift": _NUMBER}]
