@@ -105,7 +105,7 @@ class EraseSettings:
     # 0 moves the null prompt by .4 %, 1 by .3, 10 by .2: none comes near the hard form.
     drift_weight: float = 1.0
     keep_weight: float = 1.0
-    # The others move the null prompt as far and erase no more.
+    # The others move the null prompt no less and erase no more.
     null_score: str = "frozen"
     weighting: str = "output"
     # From no change, 192 steps moved two thirds of the guidance and erased nothing.
