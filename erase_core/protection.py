@@ -16,9 +16,9 @@ RIDGES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
 SHARE_OF_ATTAINABLE = 0.93
 # How far the guidance of the concept that moves least should go, where it is measured.
 AIM = 0.92
-# A weaker ridge must gain this much, and harm no more than this for each concept. Some concepts
-# never get far, such as a style that nothing replaces: with any harm allowed, they drew the ridge
-# down to where other styles were lost, and were no more gone.
+# A weaker ridge must gain this much, and harm (ClosedForm.harm) no more than this for each concept.
+# Some concepts never get far, such as a style that nothing replaces: with any harm allowed, they
+# drew the ridge down to where other styles were lost, and were no more gone.
 LEAST_GAIN, MOST_HARM = 0.01, 0.01
 # A concept of which less than this moves is not erased; better to say so than to hand it on. Until
 # then the harm doesn't count.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,20 @@ def code_digest(paths: Iterable[Path]) -> str:
 def _decisive(path: Path) -> bytes:
     """A file's lines but, in Python, those that hold nothing or a comment alone.
 
-    A comment may explain a choice without all that was measured being measured again. One behind
-    code counts: it can't be told from a # in a string without parsing.
+    So a comment may explain a choice without everything being measured again; one behind code
+    counts.
     """
     text = path.read_bytes()
     if path.suffix != ".py":
         return text
-    lines = text.splitlines(keepends=True)
-    return b"".join(line for line in lines if not line.strip().startswith(b"#") and line.strip())
+    tokens = tokenize.tokenize(io.BytesIO(text).readline)
+    comments = {token.start for token in tokens if token.type == tokenize.COMMENT}
+    lines = enumerate(text.splitlines(keepends=True), start=1)
+    return b"".join(
+        line
+        for row, line in lines
+        if line.strip() and (row, len(line) - len(line.lstrip())) not in comments
+    )
 
 
 class Cache:
