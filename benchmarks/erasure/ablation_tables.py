@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.erasure import ablations
-from benchmarks.erasure.methods import ours, subspaces
+from benchmarks.erasure.methods import ours
 from benchmarks.erasure.methods.base import Method
 from benchmarks.erasure.metrics import measured
 from benchmarks.erasure.report import UNKNOWN, markdown, newest_model
@@ -112,7 +112,7 @@ def tables(runs: Runs) -> str:
     for base in (ours.INSTANT, ablations.BASE):
         rows, last = [], None
         for factor in (*ablations.FACTORS, ablations.SUBSPACE):
-            found = factor_rows(runs, _variants(factor, base))
+            found = factor_rows(runs, ablations.variants(factor, base))
             if not found:
                 continue
             first, *others = found
@@ -123,12 +123,6 @@ def tables(runs: Runs) -> str:
         parts += [f"## {base.name.split('/')[1].capitalize()}\n", _table("factor", rows)]
     parts += ["## What is asked for\n", _table("erasure", _asked_rows(runs))]
     return "\n".join(parts)
-
-
-def _variants(factor: str, base: Method) -> list[Method]:
-    if factor == ablations.SUBSPACE:
-        return subspaces.variants(base)
-    return ablations.variants(factor, base)
 
 
 def _asked_rows(runs: Runs) -> list[list[str]]:

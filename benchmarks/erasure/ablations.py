@@ -85,19 +85,16 @@ LONGEST_LABEL = 60
 
 def variants(factor: str, base: Method = BASE) -> list[Method]:
     """The methods of a factor, the unchanged preset first."""
+    if factor == SUBSPACE:
+        return subspaces.variants(base)
     start = "" if base is BASE else f"{base.name.split('/')[1]}, "
     changed = [
         base.with_settings(f"{start}{factor}: {_label(values)}", **values)
         for values in FACTORS[factor]
     ]
     layers = [values.get("layers", base.layers) for values in FACTORS[factor]]
-    return [base, *(_on_layers(m, rule) for m, rule in zip(changed, layers, strict=True))]
-
-
-def _on_layers(method: Method, layers: str) -> Method:
-    return Method(
-        method.name, method.train, method.settings, layers, method.files, method.uses_engine
-    )
+    pairs = zip(changed, layers, strict=True)
+    return [base, *(dataclasses.replace(method, layers=rule) for method, rule in pairs)]
 
 
 def _label(values: Mapping[str, Any]) -> str:
@@ -125,8 +122,6 @@ def main() -> None:
             run_all(bench, CASES[factor], [base], [0])
         elif factor in ON_STYLES:
             run_all(bench, STYLES, ON_STYLES[factor], [0])
-        elif factor == SUBSPACE:
-            run_all(bench, cases, subspaces.variants(base), [0])
         else:
             run_all(bench, cases, variants(factor, base), [0])
 
