@@ -64,7 +64,14 @@ def __getattr__(name):
     if name.startswith("__") or name in SUBMODULES:
         raise AttributeError(name)
 
-    class Missing:
+    # transformers lists members of torchvision's enumerations while it is imported.
+    class Member(type):
+        def __getattr__(cls, member):
+            if member.startswith("__"):
+                raise AttributeError(member)
+            return f"{{name}}.{{member}}"
+
+    class Missing(metaclass=Member):
         def __init__(self, *args, **kwargs):
             raise RuntimeError(f"{{__name__}}.{{name}} is only a stub in this environment")
 
