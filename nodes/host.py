@@ -38,6 +38,7 @@ from .identity import model_identity
 from .inplace import OutOfPlace
 from .matrices import base_fingerprint, trained_keys
 from .packed import as_numbers, like
+from .vocabulary import vocabulary
 
 # A training step keeps activations that inference frees; the host moves other models out of the
 # way for this many times what it would reserve for sampling.
@@ -137,6 +138,10 @@ class ComfyDenoiser:
             for section in tokens[name]
             for token in section
         ]
+
+    def vocabulary(self) -> list[str]:
+        """The words that the text encoder has tokens for, see :func:`vocabulary.vocabulary`."""
+        return vocabulary(self._clip, self._family.token_streams)
 
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
         """See :class:`erase_core.denoiser.Denoiser`."""

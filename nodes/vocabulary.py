@@ -1,0 +1,77 @@
+"""The words that a text encoder has tokens of their own for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+# What a tokenizer writes beside a token that begins or ends a word: sentencepiece, BPE of bytes,
+# maps of plain bytes (a space), and CLIP's. Tokens with capitals drop out: in lower case they are
+# tokens of their own or several, and some are names in code.
+_MARKED = re.compile(r"[▁Ġ ]([a-z]{3,})|([a-z]{3,})</w>")
+# Without such marks, as in WordPiece, a token is a word unless it begins with "##".
+_PLAIN = re.compile(r"([a-z]{3,})")
+# What tokenizers raise that can't list their tokens.
+_NO_LIST = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def vocabulary(clip, streams: Sequence[str] = ()) -> list[str]:
+    """The words that are one token each, in lower case and in order of token id.
+
+    In most tokenizers that is roughly from frequent to rare. Frequent beginnings and endings of
+    words ("inter", "tion") can't be told from words and are among them.
+
+    Args:
+        clip: the host's CLIP.
+        streams: the host's names of tokenizers, the one to prefer last. The others follow in the
+            CLIP's own order, until one has words.
+
+    Returns:
+        No words at all where no tokenizer lists its tokens.
+    """
+    for tokenizer in _tokenizers(clip, streams):
+        words = _words(_tokens(tokenizer))
+        if words:
+            return words
+    return []
+
+
+def _tokenizers(clip, streams: Sequence[str]) -> Iterator[Any]:
+    """What may be a tokenizer, from the preferred one on."""
+    wrapper = getattr(clip, "tokenizer", None)
+    parts = dict(getattr(wrapper, "__dict__", {}))
+    for stream in reversed(streams):
+        # The host calls its stream "l" and the attribute that holds the tokenizer "clip_l".
+        yield from (parts.pop(name) for name in (stream, f"clip_{stream}") if name in parts)
+    yield wrapper  # some are no wrapper, but the tokenizer itself
+    yield from parts.values()
+
+
+def _tokens(tokenizer: Any) -> Mapping[int, Any]:
+    """Tokens by id; nothing if it isn't a tokenizer, or is one that has no list."""
+    by_id = getattr(tokenizer, "inv_vocab", None)
+    if isinstance(by_id, Mapping) and by_id:
+        return by_id
+    for holder in (tokenizer, getattr(tokenizer, "tokenizer", None)):
+        try:
+            by_id = {number: token for token, number in holder.get_vocab().items()}
+        except _NO_LIST:
+            continue
+        if by_id:
+            return by_id
+    return {}
+
+
+def _words(tokens: Mapping[int, Any]) -> list[str]:
+    """The words among the tokens, by id."""
+    for form in (_MARKED, _PLAIN):
+        found = {}
+        for number, token in tokens.items():
+            text = token.decode("utf-8", "replace") if isinstance(token, bytes) else token
+            match = form.fullmatch(text) if isinstance(text, str) else None
+            if match:
+                found[number] = match[match.lastindex]
+        if found:
+            return list(dict.fromkeys(found[number] for number in sorted(found)))
+    return []
