@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from benchmarks.erasure.methods import esd, ileco, leco, ours, speed, uce
+from benchmarks.erasure.methods import cure, esd, ileco, leco, oce, ours, rece, speed, uce
 from benchmarks.erasure.methods.base import Method
 from benchmarks.erasure.methods.phrased import PHRASED
 
-PEERS = (esd.X, esd.X_STRICT, ileco.ILECO, uce.UCE, speed.SPEED, *PHRASED, leco.LECO)
+CLOSED = (uce.UCE, speed.SPEED, oce.OCE, cure.CURE, rece.RECE)
+TOLD = (*PHRASED, oce.OCE_PHRASED, cure.CURE_PHRASED, rece.RECE_PHRASED)
+PEERS = (esd.X, esd.X_STRICT, ileco.ILECO, *CLOSED, *TOLD, leco.LECO)
 METHODS: dict[str, Method] = {method.name: method for method in (*ours.METHODS, *PEERS)}
