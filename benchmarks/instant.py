@@ -25,7 +25,8 @@ import torch  # noqa: E402
 from concept_surgery.erase_core.closed_form import EditRegression, TokenEdit  # noqa: E402
 from concept_surgery.erase_core.denoiser import Encoded  # noqa: E402
 from concept_surgery.erase_core.encoded import EncodedPrompts  # noqa: E402
-from concept_surgery.erase_core.pooled import shrunk, solve_pooled  # noqa: E402
+from concept_surgery.erase_core.language import shrunk  # noqa: E402
+from concept_surgery.erase_core.pooled import POOLED_SHRINKAGE, solve_pooled  # noqa: E402
 from concept_surgery.erase_core.protection import strongest_that_moves  # noqa: E402
 from concept_surgery.erase_core.subspace import exact_set, leakage  # noqa: E402
 
@@ -83,7 +84,7 @@ def solve_vectors(concepts: int) -> None:
     vectors = torch.randn(256, POOLED, generator=torch.Generator().manual_seed(3)).double()
     prompts = EncodedPrompts([], concept_edits, Encoded(null), [], [])
     matrix = next(iter(matrices([POOLED_MATRIX[0]], POOLED_MATRIX[1]).values()))
-    moment = shrunk(vectors.T @ vectors / len(vectors))
+    moment = shrunk(vectors.T @ vectors / len(vectors), POOLED_SHRINKAGE)
     assert solve_pooled("pooled", matrix, prompts, [prompts.null], moment, RANK).edit()
 
 

@@ -38,7 +38,7 @@ def _streams(ids: Sequence[int]) -> list[list[int]]:
 
 
 def _align(erased: Sequence[int], alternative: Sequence[int]) -> list[int]:
-    end, other_end = _content_length(erased), _content_length(alternative)
+    end, other_end = content_length(erased), content_length(alternative)
     roles = [0] * len(erased)
     matcher = SequenceMatcher(None, erased[:end], alternative[:other_end], autojunk=False)
     for kind, start, stop, other_start, other_stop in matcher.get_opcodes():
@@ -54,9 +54,23 @@ def _align(erased: Sequence[int], alternative: Sequence[int]) -> list[int]:
     return roles
 
 
-def _content_length(ids: Sequence[int]) -> int:
+def content_length(ids: Sequence[int]) -> int:
     """Tokens before the run of equal ids (end and padding) that closes a prompt."""
     length = len(ids)
     while length > 1 and ids[length - 2] == ids[-1]:
         length -= 1
     return length - 1
+
+
+def word_span(ids: Sequence[int], null_ids: Sequence[int]) -> tuple[int, int]:
+    """Where the words of a prompt begin and end among its tokens; of several encoders, the first's.
+
+    Args:
+        ids: of the prompt.
+        null_ids: of the null prompt, which shows what stands around the words: some tokenizers put
+            a token in front, some one behind, some pad with the end token and some don't.
+    """
+    own, null = _streams(ids)[0], _streams(null_ids)[0]
+    count = max(0, content_length(own) - content_length(null))
+    begin = next((i for i, (a, b) in enumerate(zip(own, null, strict=False)) if a != b), len(null))
+    return min(begin, len(own)), min(begin + count, len(own))

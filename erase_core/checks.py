@@ -15,6 +15,8 @@ from .encoded import EncodedPrompts
 from .families import by_name
 from .layers import reads_prompt
 from .measure import (
+    Movement,
+    guidance_drift,
     key_value_drift,
     movement_on,
     movement_sampled,
@@ -27,12 +29,12 @@ from .subspace import ExactSet, leakage
 
 HELD_OUT_STATES = 18
 SAMPLED_TRAJECTORIES = 2
-SAMPLED_STEPS = 6
+SAMPLED_STEPS = 5
 NULL_STATES = 2
-UNNAMED_PROMPTS = 8
+UNNAMED_PROMPTS = 16
 POOLED_STATES = 3
 
-PREDICTION, KEYS_AND_VALUES = "prediction", "keys and values"
+PREDICTION, KEYS_AND_VALUES, GUIDANCE = "prediction", "keys and values", "guidance"
 
 
 class Checks:
@@ -64,11 +66,13 @@ class Checks:
         exact: ExactSet,
         held_out: States | None,
         unnamed: Mapping[str, Encoded],
+        movement: Movement | None = None,
     ) -> Iterator[str]:
         """Everything the report says; a generator that yields what it is doing.
 
         Args:
             unnamed: prompts that the run doesn't name, by text.
+            movement: of this edit on held-out states, where it was measured before.
 
         Without sampled states the drifts are those of keys and values, which need no prediction,
         and nothing is said about predictions.
@@ -81,7 +85,7 @@ class Checks:
         if held_out is not None:
             wanted = checked_states(self._settings, len(held_out))
             checked = spread_over(held_out, self._prompts.pairs, wanted)
-            measures |= yield from self._movements(edit, checked)
+            measures |= yield from self._movements(edit, checked, movement)
             measures["pooled"] = yield from self._pooled(edit, checked)
         else:
             checked = None
@@ -102,12 +106,15 @@ class Checks:
                 seen[id(basis)] = leakage(basis.cpu(), read)
         return max(seen.values())
 
-    def _movements(self, edit: LowRankEdit, checked: States) -> Iterator[str]:
+    def _movements(
+        self, edit: LowRankEdit, checked: States, on_frozen: Movement | None
+    ) -> Iterator[str]:
         settings, denoiser, pairs = self._settings, self._denoiser, self._prompts.pairs
-        on_frozen = yield from _saying(
-            movement_on(denoiser, pairs, checked, edit, settings.eta, self._batch),
-            "Checking on held-out states",
-        )
+        if on_frozen is None:
+            on_frozen = yield from _saying(
+                movement_on(denoiser, pairs, checked, edit, settings.eta, self._batch),
+                "Checking on held-out states",
+            )
         shape = tuple(checked.x.shape[1:])
         wanted = draw_pairs(pairs, SAMPLED_TRAJECTORIES, shape, self._generator)
         sampling = Sampling(denoiser.sigmas(SAMPLED_STEPS).cpu(), settings.guidance_scale)
@@ -157,7 +164,8 @@ class Checks:
         zeroed = yield from drift([prompts.null.zeroed()])
         kept = yield from drift([prompt for _, prompt in prompts.keep])
         negatives = yield from drift(prompts.negatives)
-        others = yield from drift(list(unnamed.values()))
+        asked = list(unnamed.values())
+        others = yield from self._unnamed(edit, asked, checked)
         return {
             "drift_of": KEYS_AND_VALUES if checked is None else PREDICTION,
             "null_drift": max(null),
@@ -167,9 +175,20 @@ class Checks:
                 {**dataclasses.asdict(prompt), "drift": change}
                 for prompt, change in zip(exact.kept, kept, strict=True)
             ],
+            "unnamed_of": KEYS_AND_VALUES if checked is None else GUIDANCE,
             "unnamed": _with_texts(unnamed, others),
             "unnamed_drift": sum(others) / len(others),
         }
+
+    def _unnamed(
+        self, edit: LowRankEdit, asked: Sequence[Encoded], checked: States | None
+    ) -> Iterator[str]:
+        """How far prompts that nobody named change: their guidance, else keys and values."""
+        if checked is None:
+            return (yield from self._drift(edit, asked, None))
+        states = checked[evenly(len(checked), len(asked))]
+        drift = guidance_drift(self._denoiser, asked, states, edit, self._batch)
+        return (yield from _saying(drift, "Checking what nobody named"))
 
     def _drift(
         self, edit: LowRankEdit, asked: Sequence[Encoded], checked: States | None

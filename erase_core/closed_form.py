@@ -21,12 +21,12 @@ from .subspace import remove_span
 # More columns than this in all, and the file is larger than what it saves.
 MOST_COLUMNS = 640
 # Matrices that stand for all when their common metric is formed; it only ranks directions.
-METRIC_MATRICES = 32
+METRIC_MATRICES = 24
 # Directions that neither the prompts nor ordinary language use are kept from dividing by zero.
 FLOOR = 1e-6
 # Of the subspace iteration that finds the leading directions: it ends when a round adds less than
 # this share to what they weigh.
-OVERSAMPLING, MOST_ITERATIONS, LEAST_GROWTH = 16, 30, 1e-5
+OVERSAMPLING, MOST_ITERATIONS, LEAST_GROWTH = 16, 30, 1e-4
 JITTERS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
 # Directions of the space found that are smaller than this lie in the exact set.
 REAL_DIRECTION = 1e-6
@@ -104,8 +104,10 @@ class EditRegression:
         moment: Tensor,
         matrices: Mapping[str, Tensor],
     ) -> None:
-        self._edits, self._exact, self._moment = edits, exact.double(), moment.double()
-        self._metric = metric(matrices, self._moment)
+        self._edits, self._exact = edits, exact.double()
+        self.metric = Metric.of(matrices, moment)
+        self._metric = self.metric.matrix
+        self._moment = moment.double()
         self._protected = self._beside_exact(self._beside_exact(self._moment).T)
         scale = float(self._protected.diagonal().mean()) + 1e-30
         self._protected.diagonal().add_(FLOOR * scale)
@@ -151,8 +153,8 @@ class EditRegression:
         leading directions weigh grows no more. It only has to find the space, so float32 will do.
         """
         width = len(inner)
-        root, identity = _cholesky(inner), torch.eye(width, dtype=inner.dtype)
-        whiten = torch.linalg.solve_triangular(root, identity, upper=False).float()
+        root = _cholesky(inner).float()
+        whiten = torch.linalg.solve_triangular(root, torch.eye(width), upper=False)
         size = min(rank + OVERSAMPLING, width - self._exact.shape[1])
         generator = torch.Generator().manual_seed(0)
         start = torch.randn(len(self._crosses), width, size, generator=generator)
@@ -220,19 +222,33 @@ def _cholesky(positive: Tensor) -> Tensor:
     return torch.linalg.cholesky(positive)
 
 
-def metric(matrices: Mapping[str, Tensor], moment: Tensor) -> Tensor:
-    """``mean_m W^T W / tr(W M W^T)``, (width, width) float64 on the CPU.
+@dataclass(frozen=True)
+class Metric:
+    """What a change of a token embedding does to keys and values, every matrix counting alike.
 
-    What a change of a token embedding does to keys and values, every matrix counting alike. At
-    most 32 matrices, spread over the names, stand for all; summed in float32.
+    Attributes:
+        matrix: ``mean_m W^T W / E_m``, (width, width) float64 on the CPU.
+        energies: ``E_m = tr(W M W^T)`` by name, of the matrices that stand for all: at most 24,
+            spread over the names.
     """
+
+    matrix: Tensor
+    energies: Mapping[str, float]
+
+    @classmethod
+    def of(cls, matrices: Mapping[str, Tensor], moment: Tensor) -> Metric:
+        """Summed in float32, since it only ranks directions."""
+        chosen, flat = _standing_for_all(matrices), moment.float().flatten()
+        total, sizes = torch.zeros(len(flat)), {}
+        for name in chosen:
+            weight = matrices[name].float()
+            gram = (weight.T @ weight).cpu().flatten()
+            sizes[name] = float(gram @ flat)
+            total.add_(gram, alpha=1 / (sizes[name] * len(chosen)))
+        return cls(total.unflatten(0, (-1, len(moment))).double(), sizes)
+
+
+def _standing_for_all(matrices: Mapping[str, Tensor]) -> list[str]:
     names = sorted(matrices)
     # Keys and values take turns in the names: an even step would leave one of them out.
-    chosen = names[:: -(-len(names) // METRIC_MATRICES) | 1]
-    moment = moment.float().flatten()
-    total = torch.zeros(len(moment))
-    for name in chosen:
-        weight = matrices[name].float()
-        gram = (weight.T @ weight).cpu().flatten()
-        total.add_(gram, alpha=1 / (float(gram @ moment) * len(chosen)))
-    return total.unflatten(0, (-1, weight.shape[1])).double()
+    return names[:: -(-len(names) // METRIC_MATRICES) | 1]

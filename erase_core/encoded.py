@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .alignment import align_tokens
+from .alignment import align_tokens, content_length, word_span
 from .closed_form import TokenEdit
 from .denoiser import Denoiser, Encoded
-from .prompts import PromptPair, prompt_pairs
+from .prompts import PromptPair, prompt_pairs, with_article
 from .settings import EraseSettings
 from .states import EncodedPair
 
@@ -28,6 +28,8 @@ class EncodedPrompts:
         keep: the keep prompts with their texts, most important first.
         plain: plain captions that are held like keep prompts, where nothing else protects the
             prompts nobody named.
+        subjects: for each concept in a plain phrase the rows of its last token and of the prompt's
+            end, (2, width).
     """
 
     pairs: list[EncodedPair]
@@ -36,6 +38,7 @@ class EncodedPrompts:
     negatives: list[Encoded]
     keep: list[tuple[str, Encoded]]
     plain: list[Encoded] = field(default_factory=list)
+    subjects: list[Tensor] = field(default_factory=list)
 
     @property
     def held(self) -> list[Encoded]:
@@ -55,30 +58,117 @@ def encode_prompts(settings: EraseSettings, denoiser: Denoiser) -> EncodedPrompt
     Raises:
         SettingsError: prompts that contradict each other.
     """
-    pairs = prompt_pairs(settings)
-    texts = dict.fromkeys(text for pair in pairs for text in (pair.erased, pair.alternative))
-    encoded = dict(zip(texts, denoiser.encode(list(texts)), strict=True))
-    ids = dict(zip(texts, denoiser.token_ids(list(texts)), strict=True))
+    texts = _Texts(denoiser)
+    asked = [_Asked.of(pair, texts) for pair in prompt_pairs(settings)]
+    plain = [f"a photo of {with_article(concept.text)}" for concept in settings.concepts]
+    texts.encode([*(text for one in asked for text in one.texts()), *plain])
     return EncodedPrompts(
-        pairs=[EncodedPair(encoded[p.erased], encoded[p.alternative], p.concept) for p in pairs],
+        pairs=[
+            EncodedPair(texts.encoded[one.erased], texts.encoded[one.alternative], one.concept)
+            for one in asked
+        ],
         edits=[
-            _edit([pair for pair in pairs if pair.concept == concept], encoded, ids)
+            _edit([one for one in asked if one.concept == concept], texts, settings.eta)
             for concept in range(len(settings.concepts))
         ],
         null=denoiser.encode([""])[0],
         negatives=denoiser.encode(settings.negative_prompts),
         keep=list(zip(settings.keep, denoiser.encode(settings.keep), strict=True)),
+        subjects=[texts.subject(text) for text in plain],
     )
 
 
-def _edit(
-    pairs: Sequence[PromptPair], encoded: dict[str, Encoded], ids: dict[str, list[int]]
-) -> TokenEdit:
-    sources, targets = [], []
-    for pair in pairs:
-        erased, alternative = encoded[pair.erased].tokens, encoded[pair.alternative].tokens
+class _Texts:
+    """Texts with their token ids and embeddings, each asked for once."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self._denoiser = denoiser
+        self.ids: dict[str, list[int]] = {}
+        self.encoded: dict[str, Encoded] = {}
+
+    def length(self, text: str) -> int:
+        """How many tokens a text has before its end token."""
+        if text not in self.ids:
+            (self.ids[text],) = self._denoiser.token_ids([text])
+        return content_length(self.ids[text])
+
+    def as_long_as(self, text: str, candidates: Sequence[str]) -> str:
+        """The first candidate with the same number of tokens, or the nearest to it."""
+        wanted = self.length(text)
+        for candidate in candidates:
+            if self.length(candidate) == wanted:
+                return candidate
+        return min(candidates, key=lambda candidate: abs(self.length(candidate) - wanted))
+
+    def encode(self, texts: Sequence[str]) -> None:
+        """Encode those that aren't yet."""
+        new = list(dict.fromkeys(text for text in texts if text not in self.encoded))
+        self.encoded.update(zip(new, self._denoiser.encode(new), strict=True))
+        for text in new:
+            self.length(text)
+
+    def rows(self, text: str) -> Tensor:
+        """Token embeddings of a text, (tokens, width)."""
+        return self.encoded[text].tokens
+
+    def subject(self, text: str) -> Tensor:
+        """Rows of a text's last token and of its end, (2, width)."""
+        rows = self.rows(text)
+        self.length("")
+        _, end = word_span(self.ids[text], self.ids[""])
+        return rows[[min(end - 1, len(rows) - 1), min(end, len(rows) - 1)]]
+
+    def roles(self, text: str, other: str) -> list[int]:
+        """For each row of a text, the row of the other that plays its part."""
         # An encoder that isn't there leaves ids without rows.
-        own, other = ids[pair.erased][: len(erased)], ids[pair.alternative][: len(alternative)]
-        sources.append(erased)
-        targets.append(alternative[align_tokens(own, other)])
-    return TokenEdit(torch.cat(sources), torch.cat(targets))
+        own, others = (self.ids[one][: len(self.rows(one))] for one in (text, other))
+        return align_tokens(own, others)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The texts of a pair, its neutral prompts chosen by their length."""
+
+    erased: str
+    alternative: str
+    neutral: str
+    neutral_alternative: str
+    concept: int
+
+    @classmethod
+    def of(cls, pair: PromptPair, texts: _Texts) -> _Asked:
+        neutral = texts.as_long_as(pair.erased, pair.neutral)
+        alternative, neutral_alternative = pair.alternative or neutral, ""
+        if pair.neutral_alternative:
+            neutral_alternative = texts.as_long_as(alternative, pair.neutral_alternative)
+        return cls(pair.erased, alternative, neutral, neutral_alternative, pair.concept)
+
+    def texts(self) -> list[str]:
+        every = (self.erased, self.alternative, self.neutral, self.neutral_alternative)
+        return [text for text in every if text]
+
+
+def _edit(asked: Sequence[_Asked], texts: _Texts, eta: float) -> TokenEdit:
+    sources = [texts.rows(one.erased) for one in asked]
+    targets = [_target(one, texts) for one in asked]
+    source, target = torch.cat(sources), torch.cat(targets)
+    # As for the guidance (``guidance.surgical_target``): beyond the alternative, away from the
+    # concept.
+    return TokenEdit(source, target + eta * (target - source))
+
+
+def _target(one: _Asked, texts: _Texts) -> Tensor:
+    """What the tokens of an erased prompt must become, (tokens, width).
+
+    ``n_e + (a - n_a)``: what the alternative says, which is what sets it apart from a neutral word
+    in its own place, said at the places of the erased prompt. Taken as they are, the tokens of an
+    alternative of another length would ask every later token to become the one some places on:
+    place, not concept, and that is what ruins words nobody named. Where both are equally long and
+    have the same article, ``n_e = n_a`` and the target is the alternative itself.
+    """
+    alternative = texts.rows(one.alternative)[texts.roles(one.erased, one.alternative)]
+    if not one.neutral_alternative or one.neutral_alternative == one.neutral:
+        return alternative
+    place = texts.rows(one.neutral)[texts.roles(one.erased, one.neutral)]
+    own = texts.rows(one.neutral_alternative)[texts.roles(one.erased, one.alternative)]
+    return place + alternative - own

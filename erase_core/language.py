@@ -1,19 +1,57 @@
-"""Ordinary language: the second moment of token embeddings that the ridge protects."""
+"""Ordinary language: what the ridge protects, and words that are held out to judge it by.
+
+What is protected is the second moment of token embeddings, over plain captions and over words of
+the text encoder's own vocabulary in plain phrases. Where neither reaches, the moment is all but
+singular, and a regression would put the edit into just those directions; so it is drawn towards
+one that protects all directions alike (:func:`shrunk`). How well that does is judged on witnesses,
+words that are not in it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser
+from .alignment import word_span
+from .denoiser import Denoiser, Encoded
+from .prompts import with_article
 
 ENCODE_BATCH = 16
 PROBE_CAPTIONS = 4
+# Words of the vocabulary that are protected: reading them and the thousand captions costs at most
+# twice what reading the captions alone does.
+VOCABULARY_WORDS = 900
+# Words held out, at most, and at most one in so many of those there are.
+WITNESSES, WITNESS_SHARE = 40, 4
+# Rows of a held-out prompt that are kept; the last one stands for the padding after it.
+WITNESS_ROWS = 24
+# Phrases that the words stand in, in turn. Several, so that no place and no neighbour is special.
+PHRASES = (
+    "a photo of {a}",
+    "{}",
+    "a picture of {a} on a table",
+    "a drawing of the {}",
+    "there is {a} here",
+    "{a}, simple, detailed",
+    "two people and {a}",
+)
+TAG_PHRASES = ("{}", "1girl, {}, solo", "no humans, {}, simple background", "{}, masterpiece")
+# How far a moment is drawn towards protecting all directions alike (Ledoit and Wolf 2004), in
+# shares of its mean diagonal. The less, the less else changes as long as words are among what is
+# protected (on the first small model, keys and values moved alike: .12 at .1, .105 at .03, .096 at
+# .01); it is there for the words that neither captions nor the vocabulary sample reach.
+SHRINKAGE = 0.01
+READING_VERSION = "2"  # of what is cached; another for each change of it
+# From this share on, a person is told that the captions are mostly unknown words.
+MOSTLY_UNKNOWN = 0.5
+_GIBBERISH = ("qzxvk", "wvjxq", "xkqzj")
 
 
 def plain_captions(count: int | None = None) -> list[str]:
@@ -22,9 +60,29 @@ def plain_captions(count: int | None = None) -> list[str]:
     Args:
         count: how many; None or more than there are gives all.
     """
-    text = resources.files(__package__).joinpath("data/captions.txt").read_text("utf-8")
-    captions = text.splitlines()
+    captions = _shipped("captions.txt")
     return spread(captions, len(captions) if count is None else count)
+
+
+def common_tags() -> list[str]:
+    """Danbooru tags shipped with the pack, of all kinds."""
+    return _shipped("tags.txt")
+
+
+def things() -> list[str]:
+    """Names of things that can be drawn, shipped with the pack."""
+    return _shipped("things.txt")
+
+
+@cache
+def _lines(name: str) -> tuple[str, ...]:
+    return tuple(
+        resources.files(__package__).joinpath(f"data/{name}").read_text("utf-8").split("\n")
+    )
+
+
+def _shipped(name: str) -> list[str]:
+    return [line for line in _lines(name) if line]
 
 
 def spread(items: Sequence[str], count: int) -> list[str]:
@@ -41,6 +99,310 @@ def naming(captions: Sequence[str], texts: Sequence[str]) -> list[str]:
     return [caption for caption in captions if pattern.search(caption)]
 
 
+def shrunk(moment: Tensor, share: float = SHRINKAGE) -> Tensor:
+    """A second moment (width, width) made fit for embeddings that weren't in it."""
+    alike = torch.eye(len(moment), dtype=moment.dtype) * moment.diagonal().mean()
+    return (1 - share) * moment + share * alike
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The prompts that a text encoder's ordinary language is read from.
+
+    Attributes:
+        protected: prompts that the ridge holds: captions, then words in phrases.
+        words: those words, with their prompts.
+        witnesses: words that are held out, and the prompts they stand in.
+    """
+
+    protected: tuple[str, ...]
+    words: tuple[tuple[str, str], ...]
+    witnesses: tuple[tuple[str, str], ...]
+
+
+def choose_reading(denoiser: Denoiser, captions: Sequence[str], kind: str) -> Reading:
+    """Which prompts are read.
+
+    Words of the encoder's own vocabulary, things first, since what users look at are things: of a
+    large vocabulary most words draw nothing. Where the host can't list it, words that are shipped.
+
+    Args:
+        captions: plain captions.
+        kind: of the concepts; for "tags" the words are tags.
+    """
+    if kind == "tags":
+        words, phrases = common_tags(), TAG_PHRASES
+        held_out = spread(words, min(WITNESSES, len(words) // WITNESS_SHARE))
+    else:
+        vocabulary, phrases = _known(denoiser, _vocabulary(denoiser)), PHRASES
+        known = set(vocabulary)
+        nameable = [word for word in things() if word in known]
+        held_out = _held_out(nameable, captions) or _held_out(vocabulary, captions)
+        out = set(held_out)
+        first = [word for word in nameable if word not in out]
+        out.update(first)
+        rest = [word for word in vocabulary if word not in out]
+        words = [*first, *_frequent_first(rest, max(0, VOCABULARY_WORDS - len(first)))]
+    out = set(held_out)
+    phrased = in_phrases([word for word in words if word not in out], phrases)
+    return Reading(
+        (*captions, *(text for _, text in phrased)), phrased, in_phrases(held_out, phrases[:1])
+    )
+
+
+def _vocabulary(denoiser: Denoiser) -> list[str]:
+    """The words of the encoder, the frequent ones first; shipped ones where it can't list them."""
+    listed = getattr(denoiser, "vocabulary", list)()
+    if listed:
+        return listed
+    texts = [*things(), *common_tags(), *plain_captions()]
+    return list(dict.fromkeys(re.findall(r"\b[a-z]{3,}\b", " ".join(texts))))
+
+
+def _known(denoiser: Denoiser, words: Sequence[str]) -> list[str]:
+    """Those of the words that aren't an unknown word to the encoder."""
+    unknown = _unknown_token(denoiser)
+    if unknown is None:
+        return list(words)
+    rows = _words_of(denoiser, words)
+    return [word for word, ids in zip(words, rows, strict=True) if unknown not in ids]
+
+
+def _unknown_token(denoiser: Denoiser) -> int | None:
+    """The token that any unknown word becomes, for encoders that have one."""
+    rows = _words_of(denoiser, _GIBBERISH)
+    return rows[0][0] if all(len(row) == 1 and row == rows[0] for row in rows) else None
+
+
+def _words_of(denoiser: Denoiser, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of the texts' words, without what stands around them."""
+    null, *rows = denoiser.token_ids(["", *texts])
+    return [list(ids[slice(*word_span(ids, null))]) for ids in rows]
+
+
+def in_phrases(words: Sequence[str], phrases: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Each word with a prompt that it stands in, the phrases in turn."""
+    return tuple(
+        (word, phrases[i % len(phrases)].replace("{a}", with_article(word)).replace("{}", word))
+        for i, word in enumerate(words)
+    )
+
+
+def _held_out(words: Sequence[str], captions: Sequence[str]) -> list[str]:
+    """Words to judge by: those that no caption names first, then others; [] where there are few."""
+    named = set(re.findall(r"\w+", " ".join(captions).casefold()))
+    free = [w for w in words if not {w, w.removesuffix("s"), f"{w}s"} & named]
+    wanted, known = min(WITNESSES, len(words) // WITNESS_SHARE), set(free)
+    chosen = spread(free, wanted)
+    return [*chosen, *spread([w for w in words if w not in known], wanted - len(chosen))]
+
+
+def _frequent_first(words: Sequence[str], count: int) -> list[str]:
+    """``count`` of the words, the denser the nearer to the beginning of the list."""
+    if count >= len(words):
+        return list(words)
+    chosen, last = [], -1
+    for number in range(count):
+        last = max(last + 1, int(len(words) * (number / count) ** 1.5))
+        chosen.append(words[min(last, len(words) - 1)])
+    return list(dict.fromkeys(chosen))
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words with token embeddings of a prompt that each stands in.
+
+    Attributes:
+        texts: the words.
+        rows: (n, r, width), zeros where a prompt has fewer.
+        counts: how many tokens each of the r rows stands for, (r,).
+    """
+
+    texts: tuple[str, ...]
+    rows: Tensor
+    counts: Tensor
+
+    def without(self, names: Sequence[str]) -> Words:
+        """Those that aren't named by one of the names."""
+        named = set(naming(self.texts, names)) if names else set()
+        kept = [i for i, text in enumerate(self.texts) if text not in named]
+        return Words(tuple(self.texts[i] for i in kept), self.rows[kept], self.counts)
+
+
+@dataclass(frozen=True)
+class Language:
+    """What was read of ordinary language.
+
+    Attributes:
+        moment: second moment of what is protected, (width, width) float64.
+        vocabulary: the protected words of the vocabulary, each with its last token's row and that
+            of the prompt's end.
+        witnesses: words that are not protected, with the rows of whole prompts.
+        unknown: share of the captions' tokens that are unknown words to the encoder.
+    """
+
+    moment: Tensor
+    vocabulary: Words
+    witnesses: Words
+    unknown: float
+
+
+def read_language(
+    denoiser: Denoiser,
+    reading: Reading,
+    cache: MutableMapping[str, Tensor] | None = None,
+    named: Sequence[str] = (),
+) -> Iterator[tuple[int, int]]:
+    """Encode what is to be read, or take it from the cache.
+
+    Every prompt counts alike, however long. A generator: yields (prompts done, prompts) as it
+    goes, and returns the :class:`Language`.
+
+    Args:
+        cache: results by key, for example on disk. The key covers the prompts and the embeddings
+            of a few of them, hence the text encoder with everything in front of it (clip skip,
+            LoRAs, textual inversions).
+        named: names of the concepts. Prompts that name them are not protected; they are taken out
+            of what is cached, so that the cache serves every concept.
+    """
+    probes = denoiser.encode(spread(reading.protected, PROBE_CAPTIONS))
+    key = _cache_key(probes, reading)
+    parts = ("", "-words", "-witnesses")
+    kept = _from_cache(cache, [key + part for part in parts])
+    if kept is None:
+        kept = yield from _read(denoiser, reading)
+        if cache is not None:
+            cache.update({key + part: rows for part, rows in zip(parts, kept, strict=True)})
+    moment, word_rows, witness_rows = kept
+    left_out = naming(reading.protected, named) if named else []
+    moment = yield from _without(denoiser, moment.double(), reading.protected, left_out)
+    longest = max(len(probe.tokens) for probe in probes)
+    counts = torch.ones(witness_rows.shape[1])
+    if len(counts) == WITNESS_ROWS:  # else nothing was cut off: these encoders don't pad
+        counts[-1] += max(0, longest - WITNESS_ROWS)
+    words = tuple(word for word, _ in reading.words)
+    witnesses = tuple(word for word, _ in reading.witnesses)
+    return Language(
+        moment,
+        Words(words, word_rows.float(), torch.ones(2)),
+        Words(witnesses, witness_rows.float(), counts),
+        unknown_share(denoiser, spread(plain_captions(), 64)),
+    )
+
+
+def pooled_moment(
+    denoiser: Denoiser,
+    prompts: Sequence[str],
+    cache: MutableMapping[str, Tensor] | None = None,
+    named: Sequence[str] = (),
+) -> Iterator[tuple[int, int]]:
+    """Second moment (size, size) of the pooled vectors of prompts; see :func:`read_language`."""
+    probes = denoiser.encode(spread(prompts, PROBE_CAPTIONS))
+    key = _cache_key(probes, Reading(tuple(prompts), (), ())) + "-pooled"
+    kept = _from_cache(cache, [key])
+    if kept is None:
+        moment = yield from _mean_moment(denoiser, prompts, pooled=True)
+        kept = [moment]
+        if cache is not None:
+            cache[key] = moment
+    left_out = naming(prompts, named) if named else []
+    return (yield from _without(denoiser, kept[0].double(), prompts, left_out, pooled=True))
+
+
+def unknown_share(denoiser: Denoiser, texts: Sequence[str]) -> float:
+    """Share of the texts' tokens that are an unknown word to the encoder."""
+    unknown = _unknown_token(denoiser)
+    tokens = [token for row in _words_of(denoiser, texts) for token in row]
+    return sum(token == unknown for token in tokens) / max(1, len(tokens))
+
+
+def _from_cache(
+    cache: MutableMapping[str, Tensor] | None, keys: Sequence[str]
+) -> list[Tensor] | None:
+    """The entries under all of the keys, if they are there and finite."""
+    if cache is None or not all(key in cache for key in keys):
+        return None
+    found = [cache[key] for key in keys]
+    return found if all(bool(rows.isfinite().all()) for rows in found) else None
+
+
+def _read(denoiser: Denoiser, reading: Reading) -> Iterator[tuple[int, int]]:
+    """Moment, rows of the words and rows of the witnesses.
+
+    The moment is kept in float64: in float32 it is no longer positive where few prompts reach. The
+    rows are for figures that people read, so half precision will do.
+    """
+    texts = [text for _, text in reading.words]
+    ends = _ends(denoiser, reading.words)
+    word_rows: list[Tensor] = []
+
+    def take(text: str, prompt: Encoded) -> None:
+        if len(word_rows) < len(texts) and text == texts[len(word_rows)]:
+            last, end = ends[len(word_rows)]
+            bottom = len(prompt.tokens) - 1
+            word_rows.append(prompt.tokens[[min(last, bottom), min(end, bottom)]].half())
+
+    moment = yield from _mean_moment(denoiser, reading.protected, each=take)
+    held_out = [text for _, text in reading.witnesses]
+    encoded = denoiser.encode(held_out, together=True) if held_out else []
+    width = len(moment)
+    rows = torch.zeros(len(held_out), WITNESS_ROWS, width, dtype=torch.float16)
+    for row, prompt in zip(rows, encoded, strict=True):
+        taken = prompt.tokens[:WITNESS_ROWS]
+        row[: len(taken)] = taken.half()
+    longest = max((len(prompt.tokens) for prompt in encoded), default=1)
+    stacked = torch.stack(word_rows) if word_rows else torch.zeros(0, 2, width)
+    return [moment, stacked.half(), rows[:, :longest]]
+
+
+def _ends(denoiser: Denoiser, words: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
+    """For each word in its prompt the place of its last token, and that of the prompt's end."""
+    upto = [text[: text.index(word) + len(word)] for word, text in words]
+    null, *rows = denoiser.token_ids(["", *upto, *(text for _, text in words)])
+    ends = [word_span(ids, null)[1] for ids in rows]
+    last = [max(0, end - 1) for end in ends[: len(words)]]
+    return list(zip(last, ends[len(words) :], strict=True))
+
+
+def _without(
+    denoiser: Denoiser,
+    moment: Tensor,
+    prompts: Sequence[str],
+    left_out: Sequence[str],
+    pooled: bool = False,
+) -> Iterator[tuple[int, int]]:
+    """The mean moment of the prompts without some of them."""
+    count = len(prompts) - len(left_out)
+    if not left_out or not count:
+        return moment
+    named = yield from _mean_moment(denoiser, left_out, pooled)
+    return (moment * len(prompts) - named * len(left_out)) / count
+
+
+def _mean_moment(
+    denoiser: Denoiser,
+    prompts: Sequence[str],
+    pooled: bool = False,
+    each: Callable[[str, Encoded], None] = lambda text, prompt: None,
+) -> Iterator[tuple[int, int]]:
+    total = torch.zeros(())
+    for start in range(0, len(prompts), ENCODE_BATCH):
+        batch = prompts[start : start + ENCODE_BATCH]
+        encoded = denoiser.encode(batch, together=not pooled)
+        for text, prompt in zip(batch, encoded, strict=True):
+            each(text, prompt)
+        rows = [_pooled_row(one) if pooled else one.tokens for one in encoded]
+        alike = torch.cat([one * len(one) ** -0.5 for one in rows])
+        total = total + second_moment([alike]) * len(alike)
+        yield start + len(batch), len(prompts)
+    return total / len(prompts)
+
+
+def _pooled_row(prompt: Encoded) -> Tensor:
+    assert prompt.pooled is not None
+    return prompt.pooled[None]
+
+
 def second_moment(prompts: Iterable[Tensor]) -> Tensor:
     """``mean c c^T`` over the tokens of all prompts (tokens, width): (width, width) float64."""
     total, tokens = None, 0
@@ -54,56 +416,10 @@ def second_moment(prompts: Iterable[Tensor]) -> Tensor:
     return total / tokens
 
 
-def encode_language(
-    denoiser: Denoiser,
-    captions: Sequence[str],
-    cache: MutableMapping[str, Tensor] | None = None,
-    left_out: Sequence[str] = (),
-    pooled: bool = False,
-) -> Iterator[tuple[int, int]]:
-    """Encode the captions and return their second moment (width, width), float64.
-
-    Every caption counts alike, however long. A generator: yields (captions done, captions) as it
-    goes, and returns the matrix.
-
-    Args:
-        cache: results by key, for example on disk. The key covers the captions and the
-            embeddings of a few of them, hence the text encoder with everything in front of it
-            (clip skip, LoRAs, textual inversions).
-        left_out: those of the captions that shall not count. They are taken out of what is
-            cached, so that the cache serves every concept.
-        pooled: of their pooled vectors instead of their tokens.
-    """
-    key = _cache_key(denoiser, captions) + ("-pooled" if pooled else "")
-    if cache is None or key not in cache:
-        moment = yield from _mean_moment(denoiser, captions, pooled)
-        cache = {} if cache is None else cache
-        # In float64: rounded to float32 it is no longer positive where few captions reach.
-        cache[key] = moment
-    moment = cache[key].double()
-    count = len(captions) - len(left_out)
-    if not left_out or not count:
-        return moment
-    named = yield from _mean_moment(denoiser, left_out, pooled)
-    return (moment * len(captions) - named * len(left_out)) / count
-
-
-def _mean_moment(
-    denoiser: Denoiser, captions: Sequence[str], pooled: bool
-) -> Iterator[tuple[int, int]]:
-    total = 0.0
-    for start in range(0, len(captions), ENCODE_BATCH):
-        batch = captions[start : start + ENCODE_BATCH]
-        encoded = denoiser.encode(batch, together=not pooled)
-        prompts = [one.pooled[None] if pooled else one.tokens for one in encoded]
-        alike = torch.cat([rows * len(rows) ** -0.5 for rows in prompts])
-        total = total + second_moment([alike]) * len(alike)
-        yield start + len(batch), len(captions)
-    return total / len(captions)
-
-
-def _cache_key(denoiser: Denoiser, captions: Sequence[str]) -> str:
-    digest = hashlib.sha256("\n".join(captions).encode())
-    for prompt in denoiser.encode(spread(captions, PROBE_CAPTIONS)):
-        digest.update(prompt.tokens.contiguous().numpy().tobytes())
+def _cache_key(probes: Sequence[Encoded], reading: Reading) -> str:
+    texts = (READING_VERSION, *reading.protected, "", *(text for _, text in reading.witnesses))
+    digest = hashlib.sha256("\n".join(texts).encode())
+    for prompt in probes:
+        for tensor in prompt.tensors():
+            digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]

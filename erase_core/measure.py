@@ -251,6 +251,29 @@ def pooled_leak(
     return {"leak": shares[0], "left": shares[1]}
 
 
+def guidance_drift(
+    denoiser: Denoiser,
+    prompts: Sequence[Encoded],
+    states: States,
+    edit: LowRankEdit,
+    batch: int,
+) -> Iterator[int]:
+    """``|g_th(c) - g*(c)| / |g*(c)|`` of each prompt, at one state each.
+
+    A generator; yields images evaluated, returns a list. The guidance term, since that is what a
+    sampler multiplies: relative to the whole prediction, which is mostly noise, a ruin looks small.
+    """
+    changes = []
+    for part in torch.arange(len(states)).split(batch):
+        here, asked = states[part], [prompts[i] for i in part.tolist()]
+        before, after = (_predict(denoiser, here.x, here.sigma, asked, e) for e in (None, edit))
+        own = guidance_term(here.x0_null, before, here.sigma).flatten(1).norm(dim=1)
+        change = guidance_term(before, after, here.sigma).flatten(1).norm(dim=1)
+        changes += (change / own.clamp(min=1e-12)).tolist()
+        yield 2 * len(part)
+    return changes
+
+
 def key_value_drift(erasure: LowRankEdit, matrices: Mapping[str, Tensor], tokens: Tensor) -> float:
     """Largest relative change of a prompt's keys or values, ``max_m |C dW^T| / |C W^T|``.
 

@@ -17,15 +17,15 @@ from torch.nn import functional
 from .closed_form import ClosedForm, EditRegression, TokenEdit
 from .denoiser import Encoded, LowRankEdit
 from .encoded import EncodedPrompts
-from .protection import Choice, strongest_that_moves
+from .protection import RIDGES, Choice, strongest_that_moves
 from .subspace import extend_basis
 
-# Plain captions whose pooled vectors are protected. They are encoded one by one, as hosts give the
-# pooled vector of one prompt only.
-POOLED_CAPTIONS = 256
-# Captions are few beside the size of a pooled vector, so their second moment is drawn towards one
-# that protects all directions alike (Ledoit and Wolf 2004).
-SHRINKAGE = 0.1
+# Prompts of ordinary language whose pooled vectors are protected. They are encoded one by one, as
+# hosts give the pooled vector of one prompt only.
+POOLED_PROMPTS = 256
+# How far their second moment is drawn towards one that protects all directions alike: farther than
+# that of tokens, as the prompts are few beside the size of a pooled vector.
+POOLED_SHRINKAGE = 0.1
 # With a smaller share of the way left beside what must stay, nothing is edited.
 LEAST_LEFT = 0.1
 
@@ -54,12 +54,6 @@ def as_tokens(prompts: EncodedPrompts) -> EncodedPrompts:
         negatives=[single(prompt) for prompt in prompts.negatives],
         keep=[(text, single(prompt)) for text, prompt in prompts.keep],
     )
-
-
-def shrunk(moment: Tensor) -> Tensor:
-    """A second moment (size, size) of few vectors, made fit for vectors that weren't among them."""
-    alike = torch.eye(len(moment), dtype=moment.dtype) * moment.diagonal().mean()
-    return (1 - SHRINKAGE) * moment + SHRINKAGE * alike
 
 
 @dataclass(frozen=True)
@@ -140,11 +134,9 @@ def solve_pooled(
             return None
     weight = matrix[:, : len(moment)]
     regression = EditRegression(prompts.edits, basis, moment, {name: weight})
-    if ridge is None:
-        choice = _end_of(strongest_that_moves(regression, rank, None))
-    else:
-        solution = regression.solve(ridge, rank)
-        choice = Choice(solution, ridge, solution.moved)
+    # Every other ridge will do: one matrix of many, whose rest is measured and reported.
+    ridges = RIDGES[::2] if ridge is None else (ridge,)
+    choice = _end_of(strongest_that_moves(regression, rank, None, ridges=ridges))
     return PooledEdit(name, choice, moment, weight, matrix.shape[1])
 
 

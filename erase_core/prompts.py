@@ -14,87 +14,102 @@ class Template:
 
     Attributes:
         text: the prompt; ``{}`` is the bare concept, ``{a}`` the concept with its article.
-        without: the same prompt when the concept is simply left out.
+        without: what a user wants drawn when the concept is taken out; "" for the same prompt with
+            a neutral word in the concept's place.
     """
 
     text: str
-    without: str
+    without: str = ""
 
     def fill(self, concept: str) -> str:
         """The prompt with ``concept`` in it."""
         return self.text.replace("{a}", with_article(concept)).replace("{}", concept)
 
+    def neutral(self, concept: str, filler: str) -> str:
+        """The prompt with a filler where the concept stands, behind the concept's own article."""
+        article = with_article(concept).removesuffix(concept)
+        return self.text.replace("{a}", article + filler).replace("{}", filler)
+
 
 @dataclass(frozen=True)
 class PromptPair:
-    """A prompt with the concept (``erased``) and what must be drawn instead (``alternative``).
+    """A prompt with the concept and what must be drawn instead.
 
-    ``concept`` is the place of the concept in the settings.
+    Attributes:
+        erased: the prompt with the concept.
+        alternative: the prompt of what takes its place. "" where nothing does: it is then the one
+            of ``neutral`` that is as long as ``erased``.
+        neutral: the erased prompt with a neutral word in the concept's place, one text for each
+            length that the concept may have in tokens.
+        neutral_alternative: the same for the alternative.
+        concept: place of the concept in the settings.
     """
 
     erased: str
     alternative: str
+    neutral: tuple[str, ...]
+    neutral_alternative: tuple[str, ...]
     concept: int = 0
 
 
 OBJECT_TEMPLATES = (
-    Template("{}", ""),
-    Template("a photo of {a}", "a photo"),
-    Template("{a} in a garden", "a garden"),
-    Template("a painting of {a}", "a painting"),
-    Template("{a} next to a wooden chair", "a wooden chair"),
-    Template("a pencil drawing of {a} on white paper", "a pencil drawing on white paper"),
-    Template("a street at night with {a}", "a street at night"),
-    Template("close-up of {a}, soft light", "close-up, soft light"),
-    Template("a 3d render of {a}, studio lighting", "a 3d render, studio lighting"),
-    Template("two people looking at {a}", "two people"),
-    Template("{}, highly detailed, masterpiece", "highly detailed, masterpiece"),
-    Template("{a} in watercolor style", "watercolor style"),
+    Template("{}"),
+    Template("a photo of {a}"),
+    Template("{a} in a garden"),
+    Template("a painting of {a}"),
+    Template("{a} next to a wooden chair"),
+    Template("a pencil drawing of {a} on white paper"),
+    Template("a street at night with {a}"),
+    Template("close-up of {a}, soft light"),
+    Template("a 3d render of {a}, studio lighting"),
+    Template("two people looking at {a}"),
+    Template("{}, highly detailed, masterpiece"),
+    Template("{a} in watercolor style"),
 )
 
 STYLE_TEMPLATES = (
-    Template("{} style", ""),
-    Template("a painting in {} style", "a painting"),
-    Template("a house in {} style", "a house"),
-    Template("a portrait of a woman in {} style", "a portrait of a woman"),
-    Template("a bowl of fruit, {} style", "a bowl of fruit"),
-    Template("a city street in {} style, detailed", "a city street, detailed"),
-    Template("a horse running in a field, {} style", "a horse running in a field"),
-    Template("{} style drawing of a ship", "a drawing of a ship"),
-    Template("a mountain landscape, {}", "a mountain landscape"),
-    Template("an old man reading a book in {} style", "an old man reading a book"),
-    Template("a car in {} style", "a car"),
-    Template("{}", ""),
+    Template("{} style"),
+    Template("a painting in {} style"),
+    Template("a house in {} style"),
+    Template("a portrait of a woman in {} style"),
+    Template("a bowl of fruit, {} style"),
+    Template("a city street in {} style, detailed"),
+    Template("a horse running in a field, {} style"),
+    Template("{} style drawing of a ship"),
+    Template("a mountain landscape, {}"),
+    Template("an old man reading a book in {} style"),
+    Template("a car in {} style"),
+    Template("{}"),
 )
 
 PERSON_TEMPLATES = (
-    Template("{}", "a person"),
-    Template("a photo of {}", "a photo of a person"),
-    Template("a portrait of {}, studio lighting", "a portrait of a person, studio lighting"),
-    Template("{} smiling at the camera", "a person smiling at the camera"),
-    Template("a movie still of {}", "a movie still of a person"),
-    Template("{} walking in a park", "a person walking in a park"),
-    Template("an oil painting of {}", "an oil painting of a person"),
-    Template("{} giving a speech on a stage", "a person giving a speech on a stage"),
-    Template("{} and a friend in a cafe", "a person and a friend in a cafe"),
-    Template("close-up of the face of {}", "close-up of the face of a person"),
-    Template("{} in a red jacket, full body", "a person in a red jacket, full body"),
-    Template("a black and white photo of {} at a desk", "a black and white photo of a person"),
+    Template("{}"),
+    Template("a photo of {}"),
+    Template("a portrait of {}, studio lighting"),
+    Template("{} smiling at the camera"),
+    Template("a movie still of {}"),
+    Template("{} walking in a park"),
+    Template("an oil painting of {}"),
+    Template("{} giving a speech on a stage"),
+    Template("{} and a friend in a cafe"),
+    Template("close-up of the face of {}"),
+    Template("{} in a red jacket, full body"),
+    Template("a black and white photo of {} at a desk"),
 )
 
 TAG_TEMPLATES = (
-    Template("{}", ""),
-    Template("1girl, {}, solo, looking at viewer", "1girl, solo, looking at viewer"),
-    Template("masterpiece, best quality, {}", "masterpiece, best quality"),
-    Template("1boy, {}, standing, outdoors", "1boy, standing, outdoors"),
-    Template("{}, simple background, white background", "simple background, white background"),
-    Template("no humans, {}, scenery, blue sky", "no humans, scenery, blue sky"),
-    Template("{}, upper body, smile, indoors", "upper body, smile, indoors"),
-    Template("score_9, score_8_up, {}, full body", "score_9, score_8_up, full body"),
-    Template("2girls, {}, sitting, night, city lights", "2girls, sitting, night, city lights"),
-    Template("very aesthetic, absurdres, {}, close-up", "very aesthetic, absurdres, close-up"),
-    Template("{}, monochrome, sketch", "monochrome, sketch"),
-    Template("solo, {}, from side, wind, flower", "solo, from side, wind, flower"),
+    Template("{}"),
+    Template("1girl, {}, solo, looking at viewer"),
+    Template("masterpiece, best quality, {}"),
+    Template("1boy, {}, standing, outdoors"),
+    Template("{}, simple background, white background"),
+    Template("no humans, {}, scenery, blue sky"),
+    Template("{}, upper body, smile, indoors"),
+    Template("score_9, score_8_up, {}, full body"),
+    Template("2girls, {}, sitting, night, city lights"),
+    Template("very aesthetic, absurdres, {}, close-up"),
+    Template("{}, monochrome, sketch"),
+    Template("solo, {}, from side, wind, flower"),
 )
 
 TEMPLATES = {
@@ -104,18 +119,31 @@ TEMPLATES = {
     "tags": TAG_TEMPLATES,
 }
 
+# What stands in a concept's place when nothing is asked for, a word longer each, so that what comes
+# after it keeps its place. A removal leads there (see ``encoded.py``).
+_FILLER_WORDS = {
+    "object": ("thing", "plain", "simple", "common", "other", "same", "only", "very"),
+    "style": ("plain", "simple", "common", "other", "same", "only", "very", "most"),
+    "person": ("person", "plain", "simple", "common", "other", "same", "only", "very"),
+    "tags": ("thing", "plain", "simple", "common", "other", "same", "only", "very"),
+}
+FILLERS = {
+    kind: tuple(" ".join(reversed(words[:count])) for count in range(1, len(words) + 1))
+    for kind, words in _FILLER_WORDS.items()
+}
+
 # An opening bracket that the host reads as emphasis: not escaped, and not closed by a weight.
 _BARE_BRACKET = re.compile(r"(?<!\\)\((?![^()]*:\s*[\d.]+\s*\))")
 
 
-def templates(settings: EraseSettings) -> list[Template]:
-    """The phrasings of a run: the user's own if there are any, else those of the kind."""
+def templates(settings: EraseSettings, concept: Concept) -> list[Template]:
+    """The phrasings of a concept: the user's own if there are any, else those of its kind."""
     if not settings.templates:
-        return list(TEMPLATES[settings.kind])
+        return list(TEMPLATES[settings.kind_of(concept)])
     own = []
     for line in settings.templates:
         text, _, without = (part.strip() for part in line.partition(ARROW))
-        own.append(Template(text, without or _left_out(text)))
+        own.append(Template(text, without))
     return own
 
 
@@ -125,25 +153,37 @@ def prompt_pairs(settings: EraseSettings) -> list[PromptPair]:
     Raises:
         SettingsError: when a prompt that must be kept is itself a prompt to erase.
     """
-    pairs = []
-    for index, concept in enumerate(settings.concepts):
-        for template in templates(settings):
-            instead = (
-                template.fill(_bare(settings, concept.alternative))
-                if concept.alternative
-                else template.without
-            )
-            erased = template.fill(_bare(settings, concept.text))
-            pairs.append(PromptPair(erased, instead, index))
+    pairs = [
+        _pair(settings, template, concept, index)
+        for index, concept in enumerate(settings.concepts)
+        for template in templates(settings, concept)
+    ]
     _refuse_contradictions(settings, pairs)
     return pairs
 
 
+def _pair(settings: EraseSettings, template: Template, concept: Concept, index: int) -> PromptPair:
+    kind = settings.kind_of(concept)
+    erased, fillers = _bare(kind, concept.text), FILLERS[kind]
+    neutral = tuple(template.neutral(erased, filler) for filler in fillers)
+    if not concept.alternative:
+        return PromptPair(template.fill(erased), template.without, neutral, (), index)
+    instead = _bare(kind, concept.alternative)
+    return PromptPair(
+        template.fill(erased),
+        template.fill(instead),
+        neutral,
+        tuple(template.neutral(instead, filler) for filler in fillers),
+        index,
+    )
+
+
 def prompt_warnings(settings: EraseSettings) -> list[str]:
     """What a person should know about the texts they gave: brackets that the host reads away."""
-    if settings.kind != "tags":
+    tags = [concept for concept in settings.concepts if settings.kind_of(concept) == "tags"]
+    if not tags:
         return []
-    concepts = [text for c in settings.concepts for text in (c.text, c.alternative)]
+    concepts = [text for c in tags for text in (c.text, c.alternative)]
     texts = [*concepts, *settings.keep, *settings.negative_prompts, *settings.templates]
     return [
         f"The brackets in {text!r} are read as emphasis and are not part of the tag. If they "
@@ -153,30 +193,47 @@ def prompt_warnings(settings: EraseSettings) -> list[str]:
     ]
 
 
+# Spelled with a vowel and spoken with a consonant, and the other way round.
+_SPOKEN_CONSONANT = re.compile(r"(?:uni(?!n|m)|use|usu|uti|ura|ufo|euro|eu|ewe|one\b|once\b)")
+_SPOKEN_VOWEL = re.compile(r"(?:hour|honest|honou?r|heir|herb\b)")
+# Plurals without an s, and words that end like a plural and are none.
+_PLURALS = frozenset(
+    "people children men women feet teeth mice geese oxen dice cattle police scissors".split()
+)
+_SINGULARS = frozenset(
+    "lens gas canvas atlas bias rhinoceros christmas alas texas pancreas cosmos chaos series "
+    "species news mathematics".split()
+)
+
+
 def with_article(concept: str) -> str:
-    """The concept as it stands in a sentence: "a cat", "an owl"; names and plurals stay bare."""
-    first = concept.split()[0].casefold()
+    """The concept as it stands in a sentence: "a cat", "an hourglass"; names and plurals stay bare.
+
+    The first word decides whether it is "a" or "an", the last one whether it is a plural.
+    """
+    words = concept.split()
+    first, last = words[0].casefold(), words[-1].casefold()
     is_tag = "_" in concept or "\\" in concept
     is_name = concept[:1].isupper()
-    is_plural = concept.endswith("s") and not concept.endswith(("ss", "us", "is"))
-    if is_tag or is_name or is_plural or first in {"a", "an", "the", "some", "my"}:
+    ends_like_one = last.endswith("s") and not last.endswith(("ss", "us", "is"))
+    is_plural = last in _PLURALS or (ends_like_one and last not in _SINGULARS)
+    if is_tag or is_name or is_plural or first in _DETERMINERS:
         return concept
-    return f"{'an' if first[0] in 'aeiou' else 'a'} {concept}"
+    vowel = first[0] in "aeiou" and not _SPOKEN_CONSONANT.match(first)
+    return f"{'an' if vowel or _SPOKEN_VOWEL.match(first) else 'a'} {concept}"
 
 
-def _bare(settings: EraseSettings, concept: str) -> str:
+_DETERMINERS = frozenset(
+    ("a", "an", "the", "some", "my", "your", "his", "her", "our", "their", "no")
+)
+
+
+def _bare(kind: str, concept: str) -> str:
     """A style without the word "style", which the templates add themselves."""
     words = concept.split()
-    if settings.kind == "style" and len(words) > 1 and words[-1].casefold() == "style":
+    if kind == "style" and len(words) > 1 and words[-1].casefold() == "style":
         return " ".join(words[:-1])
     return concept
-
-
-def _left_out(text: str) -> str:
-    """A template of the user's without the concept and the commas and spaces around it."""
-    rest = re.sub(r"\{a\}|\{\}", "", text)
-    rest = re.sub(r"(\s*,)+", ",", rest)
-    return re.sub(r"\s+", " ", rest).strip(" ,")
 
 
 def _escaped(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-VERSION = "0.6.0"
+VERSION = "0.7.0"
 
 _NUMBER = (int, float)
 _TEXTS_WITH_DRIFT = [{"text": str, "drift": _NUMBER}]
@@ -28,6 +28,15 @@ _MEMORY = _OrNone(
         "needed_whole": int,
         "needed": int,
         "free": int,
+    }
+)
+
+_OTHERS = _OrNone(
+    {
+        "change": _NUMBER,
+        "words": _TEXTS_WITH_DRIFT,
+        "nearest": _TEXTS_WITH_DRIFT,
+        "most_changed": _TEXTS_WITH_DRIFT,
     }
 )
 
@@ -147,6 +156,9 @@ def _amiss_together(record: Mapping[str, Any], rank: int) -> Iterator[str]:
     sampled = measures["moved_held_out"] is not None
     yield from _amiss(record.get("taken_out", []), [str], "taken_out")
     yield from _amiss(record.get("memory"), _MEMORY, "memory")
+    yield from _amiss(record.get("others"), _OTHERS, "others")
+    yield from _amiss(record.get("training", ""), str, "training")
+    yield from _amiss(measures.get("unnamed_of", ""), str, "measures.unnamed_of")
     yield from _amiss(record.get("pooled_left_out", False), bool, "pooled_left_out")
     left = (measures["pooled"] or {}).get("left")
     yield from _amiss(left, _OrNone(_NUMBER), "measures.pooled.left")

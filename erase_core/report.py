@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .checks import PREDICTION
+from .cautions import harm_grade
+from .checks import GUIDANCE, PREDICTION
 from .families import by_name
 from .formats import concept_list
+
+# Below this share of the way traces may remain.
+TRACES = 0.8
+WORDS_SHOWN = 8
+# What became of the training, where it wasn't run to its end.
+_TRAINING = {
+    "not needed": (
+        "Not trained: the closed form moves the guidance far enough on held-out states.",
+    ),
+    "no help": (
+        "Not trained further: a few steps brought nothing on held-out states, so the closed form "
+        "stays.",
+    ),
+}
 
 
 def report_text(record: Mapping[str, Any], notes: list[str] | None = None) -> str:
@@ -17,9 +32,28 @@ def report_text(record: Mapping[str, Any], notes: list[str] | None = None) -> st
         record: the record of an erasure.
         notes: more lines, for example what the host could not take into account.
     """
-    lines = [*_headline(record), *_movement(record), *_pooled(record), *_each_concept(record)]
-    lines += [*_staying(record), *_cost(record), *_warnings(record), *(notes or [])]
+    lines = [_verdict(record), *_headline(record), *record["warnings"], *_movement(record)]
+    lines += [*_pooled(record), *_each_concept(record), *_staying(record), *_map(record)]
+    lines += [*_cost(record), *_notes(record), *(notes or [])]
     return "\n".join(lines)
+
+
+def _verdict(record: Mapping[str, Any]) -> str:
+    """The first line: whether this can be used."""
+    grade = harm_grade(record["measures"], record.get("others"))
+    if grade == "ruin":
+        return "Verdict: DON'T USE IT. The model is ruined for much that nobody named."
+    if grade == "harm":
+        return "Verdict: with care. Much that nobody named changes, too."
+    moved = [_moved(concept) for concept in record["concepts"]]
+    if min(moved) < TRACES:
+        return "Verdict: traces may remain. What nobody named stays nearly as it was."
+    return "Verdict: good. It moved far enough, and what nobody named stays nearly as it was."
+
+
+def _moved(concept: Mapping[str, Any]) -> float:
+    """How far a concept went: on predictions where they were made, else on keys and values."""
+    return concept["keys_and_values_moved"] if concept["moved"] is None else concept["moved"]
 
 
 def _headline(record: Mapping[str, Any]) -> list[str]:
@@ -41,7 +75,7 @@ def _headline(record: Mapping[str, Any]) -> list[str]:
 def _movement(record: Mapping[str, Any]) -> list[str]:
     frozen = record["measures"]["moved_held_out"]
     if frozen is None:
-        moved = min(c["keys_and_values_moved"] for c in record["concepts"])
+        moved = min(map(_moved, record["concepts"]))
         return [
             f"Keys and values moved {moved:.0%} of the way. Nothing was sampled, so how far the "
             "pictures go is not known; the preset 'balanced' measures it."
@@ -78,12 +112,9 @@ def _each_concept(record: Mapping[str, Any]) -> list[str]:
         return []
     lines = []
     for concept in record["concepts"]:
-        moved = concept["moved"]
-        if moved is None:
-            moved = concept["keys_and_values_moved"]
         lines.append(
-            f"  {concept['text']}: moved {moved:.0%}, {concept['share_left']:.0%} of its edit was "
-            "left beside the exact prompts."
+            f"  {concept['text']}: moved {_moved(concept):.0%}, "
+            f"{concept['share_left']:.0%} of its edit was left beside the exact prompts."
         )
     return lines
 
@@ -103,14 +134,42 @@ def _staying(record: Mapping[str, Any]) -> list[str]:
     for entry in measures["kept"]:
         kind = "exact" if entry["exact"] else "approximate"
         lines.append(f"Kept {entry['text']!r}: {kind}, drift{of} {_share(entry['drift'])}.")
-    lines.append(
-        f"Prompts nobody named: drift{of} {_share(measures['unnamed_drift'])} on average "
-        f"of {len(measures['unnamed'])}."
-    )
+    lines.append(_unnamed(record))
     if hard:
         left = record["subspace"]["share_left"]
         lines.append(f"Share of the edit left beside the exact prompts: {left:.0%}.")
     return lines
+
+
+def _unnamed(record: Mapping[str, Any]) -> str:
+    measures, others = record["measures"], record.get("others")
+    drift, count = _share(measures["unnamed_drift"]), len(measures["unnamed"])
+    what = measures.get("unnamed_of", measures["drift_of"])
+    if what == GUIDANCE:
+        line = f"Words nobody named: their guidance changes by {drift} on average of {count}"
+        if others:
+            line += f", their keys and values by {_share(others['change'])}"
+        return f"{line}."
+    of = "" if what == PREDICTION else " of keys and values"
+    return f"Prompts nobody named: drift{of} {drift} on average of {count}."
+
+
+def _map(record: Mapping[str, Any]) -> list[str]:
+    """What else changes, word by word; records of older versions don't say."""
+    others = record.get("others")
+    if not others:
+        return []
+    rows = (
+        ("of those that nothing protected", others["words"][:WORDS_SHOWN]),
+        ("nearest to what is erased", others["nearest"]),
+        ("most changed of those protected", others["most_changed"]),
+    )
+    lines = [f"  {title}: {_changes(entries)}" for title, entries in rows if entries]
+    return ["What else changes, by keys and values:", *lines] if lines else []
+
+
+def _changes(entries: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{one['text']} {one['drift']:.0%}" for one in entries)
 
 
 def _cost(record: Mapping[str, Any]) -> list[str]:
@@ -145,9 +204,9 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
-def _warnings(record: Mapping[str, Any]) -> list[str]:
-    lines, settings = list(record["warnings"]), record["settings"]
-    lines += by_name(record["family"]).notes
+def _notes(record: Mapping[str, Any]) -> list[str]:
+    lines, settings = list(by_name(record["family"]).notes), record["settings"]
+    lines += _TRAINING.get(record.get("training", ""), ())
     if record["converged"]:
         lines.append(
             f"Ended after {record['steps_done']} of {settings['steps']} steps, because the rest "
@@ -171,7 +230,7 @@ def _warnings(record: Mapping[str, Any]) -> list[str]:
             "aren't used there, so put what must not change under 'keep'."
         )
     moved = [c["moved"] for c in record["concepts"] if c["moved"] is not None]
-    if moved and min(moved) < 0.8:
+    if moved and min(moved) < TRACES:
         lines.append(
             "The guidance moved less than 80 % of the way: traces may remain. Try the preset "
             "'thorough', fewer keep prompts or a lower protection."

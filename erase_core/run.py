@@ -8,37 +8,48 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .activations import Recompute
-from .checks import planned_checks, spread_over
+from .cautions import WORSE, harm_warnings, training_warnings, unknown_warnings
+from .checks import checked_states, planned_checks, spread_over
 from .closed_form import ClosedForm, EditRegression
+from .collateral import Others
 from .denoiser import Denoiser, LowRankEdit
 from .encoded import EncodedPrompts
 from .fingerprint import fingerprint
-from .language import encode_language, naming
+from .language import Reading, pooled_moment, read_language
 from .measure import PLAIN_GRADIENT, CountedDenoiser, movement_on
 from .pooled import PooledEdit
 from .prompts import prompt_warnings
-from .protection import Choice, strongest_that_moves
+from .protection import HARM, LEAST_GAIN, RIDGES, Choice, strongest_that_moves
 from .record import VERSION
 from .settings import EraseSettings
 from .states import Sampling, States, Trajectories, draw_pairs, sample_states
 from .subspace import ExactSet
 from .trainer import DivergedError, SurgeryTrainer, TrainingError
 
+READING = "Reading ordinary language, {0[0]} of {0[1]} prompts"
 # States on which a protection is tried, and the early stop is decided: few, since they are only
 # compared with each other.
 TRIED_STATES = 12
 EXPECTED_TRIES = 2
+HELD_OUT_SHARE = 5  # of the trajectories, one in so many is to check on
+# Trajectories, for each concept, on which it is tried whether training helps.
+TRIAL_TRAJECTORIES = 2
 STOP_STATES = 6
 STOP_EVERY = 10
 # One image forward, to count what its backward needs; then forward and backward, and forward at
 # both ends of a difference.
 CHECKED_GRADIENT = 6
+
+
+# What became of the training.
+TRAINED, NOT_NEEDED, NO_HELP, NONE = "trained", "not needed", "no help", "none"
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,7 @@ class Run:
         self.denoiser = CountedDenoiser(denoiser)
         self.losses: list[float] = []
         self.converged = False
+        self.training = NONE
         self.gradient_apart: float | None = None
         self.memory: dict[str, Any] | None = None
         self.ended_by = ""  # what ended training before its time, in words
@@ -91,39 +103,65 @@ class Run:
         return Progress(stage, done, max(done, total), loss)
 
     def language(
-        self,
-        captions: Sequence[str],
-        cache: MutableMapping[str, Tensor] | None,
-        pooled: bool = False,
+        self, reading: Reading, cache: MutableMapping[str, Tensor] | None
     ) -> Iterator[Progress]:
-        stage = encode_language(self.denoiser, captions, cache, self.named(captions), pooled)
-        text = "Reading ordinary language, {0[0]} of {0[1]} captions"
-        return (yield from self._follow(stage, text))
+        """What the text encoder's ordinary language is."""
+        stage = read_language(self.denoiser, reading, cache, self.erased)
+        return (yield from self._follow(stage, READING))
 
-    def named(self, captions: Sequence[str]) -> list[str]:
-        """Captions that name a concept; held, they would hold back what is to move."""
-        return naming(captions, [concept.text for concept in self.settings.concepts])
+    def pooled_language(
+        self, prompts: Sequence[str], cache: MutableMapping[str, Tensor] | None
+    ) -> Iterator[Progress]:
+        """The same of pooled vectors."""
+        stage = pooled_moment(self.denoiser, prompts, cache, self.erased)
+        return (yield from self._follow(stage, READING))
 
-    def sample(self, prompts: EncodedPrompts) -> Iterator[Progress]:
-        """The pool: states to train on, to check on, and of what the soft form holds.
+    @property
+    def erased(self) -> list[str]:
+        """What is erased; protected, it would hold back what is to move."""
+        return [concept.text for concept in self.settings.concepts]
 
-        The first two come from different trajectories. All are None where nothing is sampled.
-        """
+    @property
+    def spoken(self) -> list[str]:
+        """What is erased and what takes its place: no words that nobody named."""
+        concepts = self.settings.concepts
+        return [*self.erased, *(c.alternative for c in concepts if c.alternative)]
+
+    def held_out_states(self, prompts: EncodedPrompts) -> Iterator[Progress]:
+        """States to check on; None where nothing is sampled."""
         if not self.settings.samples:
-            return None, None, None
-        training, checking = _trajectory_counts(self.settings)
-        pool = None
-        if training:
-            pool = yield from self._pairs(prompts, training, "Sampling states")
-        held_out = yield from self._pairs(prompts, checking, "Sampling states to check on")
-        _refuse_if_nothing_to_move(self.settings, held_out if pool is None else pool)
-        kept, kept_states = prompts.held, None
-        if self.settings.form == "soft" and kept:
-            noise = torch.randn(len(kept), *self._shape, generator=self.generator)
-            wanted = Trajectories([[k] for k in kept], [0] * len(kept), range(len(kept)), noise)
-            kept_states = yield from self._sample(prompts, wanted, "Sampling states to keep")
-        self._plan["pool"] = self.denoiser.forward_equivalents
-        return pool, held_out, kept_states
+            return None
+        _, checking = _trajectory_counts(self.settings)
+        states = yield from self._pairs(prompts, checking, "Sampling states to check on")
+        _refuse_if_nothing_to_move(self.settings, states)
+        return states
+
+    def training_states(self, prompts: EncodedPrompts, count: int) -> Iterator[Progress]:
+        """States to train on, from ``count`` trajectories for each concept."""
+        most, _ = _trajectory_counts(self.settings)
+        count = min(most, count * len(self.settings.concepts))
+        return (yield from self._pairs(prompts, count, "Sampling states"))
+
+    def all_training_states(
+        self, prompts: EncodedPrompts, sampled: States | None
+    ) -> Iterator[Progress]:
+        """All states to train on, those among them that are sampled already."""
+        most, _ = _trajectory_counts(self.settings)
+        if sampled is not None:
+            most -= len(sampled) // self.settings.sampling_steps
+        if not most:
+            return sampled
+        more = yield from self._pairs(prompts, most, "Sampling states")
+        return more if sampled is None else States.join([sampled, more])
+
+    def kept_states(self, prompts: EncodedPrompts) -> Iterator[Progress]:
+        """States of what the soft form holds; None in the hard form."""
+        kept = prompts.held
+        if self.settings.form != "soft" or not kept:
+            return None
+        noise = torch.randn(len(kept), *self._shape, generator=self.generator)
+        wanted = Trajectories([[k] for k in kept], [0] * len(kept), range(len(kept)), noise)
+        return (yield from self._sample(prompts, wanted, "Sampling states to keep"))
 
     def choose(
         self,
@@ -132,30 +170,73 @@ class Run:
         held_out: States | None,
         readers: dict[str, Tensor],
         pooled: PooledEdit | None,
+        others: Others,
     ) -> Iterator[Progress]:
         """The closed form with the user's ridge, or with the strongest that moves far enough.
 
         Args:
             pooled: the edit that goes with it.
+            others: words that the ridge doesn't protect.
         """
         settings = self.settings
-        if settings.protection is not None:
-            self._plan["protection"] = 0
-            solution = regression.solve(settings.protection, settings.rank)
-            return Choice(solution, settings.protection, solution.moved)
-        moves = None
-        if held_out is not None:
 
-            def moves(solution: ClosedForm) -> Iterator[int]:
-                edit = LowRankEdit.shared(solution.basis.float(), solution.factors(readers))
-                edit = edit.with_more(pooled.edit()) if pooled else edit
-                edit = edit.to(self.denoiser.device)
-                checked = spread_over(held_out, prompts.pairs, tried_states(settings))
-                movement = yield from self._movement(edit, prompts, checked)
-                return movement.concepts
+        def moves(solution: ClosedForm) -> Iterator[int]:
+            edit = LowRankEdit.shared(solution.basis.float(), solution.factors(readers))
+            edit = edit.with_more(pooled.edit()) if pooled else edit
+            return (yield from self._tried(edit.to(self.denoiser.device), prompts, held_out))
 
-        stage = strongest_that_moves(regression, settings.rank, moves)
+        measured = None if held_out is None else moves
+        ridges = RIDGES if settings.protection is None else (settings.protection,)
+        stage = strongest_that_moves(regression, settings.rank, measured, others, ridges)
         return (yield from self.follow_stage("protection", stage, "Choosing the protection"))
+
+    def _tried(self, edit: LowRankEdit, prompts: EncodedPrompts, held_out: States) -> Iterator[int]:
+        """Movement on the few held-out states that edits are compared on."""
+        checked = spread_over(held_out, prompts.pairs, tried_states(self.settings))
+        return (yield from self._movement(edit, prompts, checked))
+
+    def try_training(
+        self,
+        trainer: SurgeryTrainer,
+        prompts: EncodedPrompts,
+        held_out: States,
+        choice: Choice,
+    ) -> Iterator[Progress]:
+        """Whether a few steps bring the concept that moves least nearer on held-out states."""
+        yield from self.check_gradient(trainer)
+        before = self.denoiser.forward_equivalents
+        for number, _ in enumerate(islice(trainer.run(), self.settings.trial_steps), start=1):
+            yield self.progress(f"Trying whether training helps, step {number}")
+        after = yield from self._follow(
+            self._tried(trainer.result(), prompts, held_out), "Trying whether training helps"
+        )
+        self._plan["trial"] = self.denoiser.forward_equivalents - before
+        return min(after.concepts) >= min(choice.moved) + LEAST_GAIN
+
+    def only_checks_left(self, held_out: States | None, measured: bool) -> None:
+        """Of the plan the checks are left, without the movement where that is measured."""
+        if held_out is None:
+            return
+        known = checked_states(self.settings, len(held_out)) if measured else 0
+        self._plan = {
+            "until here": self.denoiser.forward_equivalents,
+            "checks": self._plan["checks"] - known,
+        }
+
+    def got_worse(
+        self,
+        edit: LowRankEdit,
+        prompts: EncodedPrompts,
+        held_out: States,
+        choice: Choice,
+        others: Others,
+    ) -> Iterator[Progress]:
+        """Whether training ended behind where it began, or at the cost of others."""
+        ended = yield from self._follow(
+            self._tried(edit, prompts, held_out), "Comparing with the start"
+        )
+        harmed = others.of_edit(edit, others.witnesses).mean > max(HARM, 2 * choice.others.mean)
+        return harmed or min(ended.concepts) < min(choice.moved) - LEAST_GAIN
 
     def check_gradient(self, trainer: SurgeryTrainer) -> Iterator[Progress]:
         """Before the first step: what fits the memory, and is the gradient the loss's?"""
@@ -212,9 +293,17 @@ class Run:
         choice: Choice | None,
         edit: LowRankEdit,
         measures: dict[str, Any],
+        others: dict[str, Any] | None,
+        unknown: float,
     ) -> dict[str, Any]:
-        """What the artefact says about itself."""
+        """What the artefact says about itself.
+
+        Args:
+            others: what else it changes, see :meth:`collateral.Others.report`.
+            unknown: share of the plain captions that the text encoder doesn't know.
+        """
         settings, steps = self.settings, len(self.losses)
+        trained = self.training in (TRAINED, WORSE)
         solution = choice.solution if choice else None
         values = [*edit.factors.values()]
         values += edit.bases.values() if settings.form == "soft" else []
@@ -229,17 +318,24 @@ class Run:
             "concepts": _concepts(settings, exact, solution, measures),
             "matrices": len(edit.factors),
             "rank": max(factor.shape[1] for factor in edit.factors.values()),
-            "values_trained": sum(tensor.numel() for tensor in values) if steps else 0,
+            "values_trained": sum(t.numel() for t in values) if self.training == TRAINED else 0,
             "subspace": {"exact_rank": exact.basis.shape[1], "share_left": exact.share_left},
             "protection": choice.ridge if choice else 0.0,
             "harm": solution.harm if solution else None,
             "measures": measures,
-            "warnings": prompt_warnings(settings),
+            "others": others,
+            "warnings": [
+                *harm_warnings(settings, measures, others),
+                *training_warnings(settings, self.training),
+                *unknown_warnings(unknown),
+                *prompt_warnings(settings),
+            ],
+            "training": self.training,
             "losses": self.losses,
             "steps_done": steps,
             "converged": self.converged,
-            "complete": self.converged or steps == settings.steps,
-            "stopped_early": steps < settings.steps,
+            "complete": self.converged or not trained or steps == settings.steps,
+            "stopped_early": trained and steps < settings.steps,
             "ended_by": self.ended_by,
             "gradient_apart": self.gradient_apart,
             "memory": self.memory,
@@ -310,27 +406,31 @@ def planned_cost(
     soft = settings.form == "soft"
     kept = len(settings.keep) + len(settings.negative_prompts) + plain if soft else 0
     concepts = len(settings.concepts)
-    chosen = settings.protection is not None or plain  # by the user, or there is none
-    tried = 0 if chosen else tried_states(settings) * EXPECTED_TRIES
+    tried = 0 if plain else tried_states(settings)
+    trial = settings.trial_steps if settings.steps and not plain else 0
     stops = settings.steps // STOP_EVERY if settings.stop_below else 0
     images = 1 + soft + bool(kept)
+    compared = tried if settings.steps and not soft else 0
     return {
         "pool": (3 * (training + held_out) + 2 * kept) * settings.sampling_steps,
-        "protection": tried,
-        "gradient": CHECKED_GRADIENT * images if settings.steps else 0,
+        "protection": tried * (EXPECTED_TRIES if settings.protection is None else 1),
+        "gradient": CHECKED_GRADIENT * images * (1 + bool(trial)) if settings.steps else 0,
+        "trial": with_gradient * trial * settings.batch + tried if trial else 0,
         "training": with_gradient * settings.steps * settings.batch * images
-        + stops * STOP_STATES * concepts,
+        + stops * STOP_STATES * concepts
+        + compared,
         "checks": planned_checks(settings, held_out, pooled),
     }
 
 
 def _trajectory_counts(settings: EraseSettings) -> tuple[int, int]:
     """How many trajectories to train on and to check on; without training all are to check."""
-    count = settings.trajectories
+    # Each concept is checked on at least one.
+    count, concepts = settings.trajectories, len(settings.concepts)
     if not settings.steps:
-        return 0, count
-    held_out = max(1, count // 4, min(len(settings.concepts), count // 2))
-    return count - held_out, held_out
+        return 0, max(count, concepts)
+    held_out = max(count // HELD_OUT_SHARE, concepts)
+    return max(1, count - held_out), held_out
 
 
 def tried_states(settings: EraseSettings) -> int:

@@ -29,10 +29,12 @@ class Concept:
     Attributes:
         text: what the model must stop drawing, as a user types it ("cat", "Van Gogh").
         alternative: what takes its place; empty means the same prompt without the concept.
+        kind: a key of :data:`KINDS`; empty for that of the settings.
     """
 
     text: str
     alternative: str = ""
+    kind: str = ""
 
     def __str__(self) -> str:
         return f"{self.text} {ARROW} {self.alternative}" if self.alternative else self.text
@@ -49,7 +51,8 @@ class EraseSettings:
             ``cat => dog`` names an alternative.
         keep: prompts whose pictures must stay as they are, most important first.
         negative_prompts: negative prompts the user samples with; kept exact like the null prompt.
-        kind: a key of :data:`KINDS`; decides the prompt templates.
+        kind: a key of :data:`KINDS`, of the concepts that name none themselves; decides the prompt
+            templates.
         templates: the user's own, each with ``{}`` where the concept stands, and after ``=>`` the
             same prompt without it, if it isn't simply left out; empty for those of the kind.
         form: "hard" holds the null prompt and the keep prompts by construction; "soft" is the
@@ -68,11 +71,13 @@ class EraseSettings:
         weighting: w(sigma) of the loss, see :class:`guidance.SigmaWeight`.
         warm_start: whether training starts from the closed form, else from no change at all.
         steps: optimiser steps; 0 is the closed form alone (instant form).
+        trial_steps: steps after which training must have helped on held-out states, else the closed
+            form stays as it is; 0 trains in any case.
         batch: states per optimiser step.
         learning_rate: Adam's step relative to the root mean square of each matrix.
         stop_below: end training early once the held-out residual, 1 - moved, has been below this
             twice in a row; 0 never does.
-        trajectories: frozen trajectories in the pool; a quarter of them is held out. 0 samples
+        trajectories: frozen trajectories in the pool; a fifth of them is held out. 0 samples
             nothing, so that nothing is trained or measured on predictions either.
         driven_by: which prompt of a pair drives a trajectory; "both" in turn.
         sampling_steps: sampler steps of each trajectory.
@@ -112,11 +117,12 @@ class EraseSettings:
     warm_start: bool = True
     # 12 did as well there, where the network is small; 48 leave room for those that aren't.
     steps: int = 48
+    trial_steps: int = 5
     batch: int = 2
     # From .0003 to .01 there is no difference.
     learning_rate: float = 0.003
     stop_below: float = 0.0
-    trajectories: int = 16
+    trajectories: int = 15
     # Either alone does nearly as well; both see the states of what is asked and of what is drawn.
     driven_by: str = "both"
     sampling_steps: int = 9
@@ -136,6 +142,10 @@ class EraseSettings:
         self._check_choices()
         self._check_numbers()
         self._check_together()
+
+    def kind_of(self, concept: Concept) -> str:
+        """The concept's own kind, or that of the settings."""
+        return concept.kind or self.kind
 
     @property
     def samples(self) -> bool:
@@ -214,11 +224,11 @@ class EraseSettings:
 PRESETS: dict[str, dict[str, Any]] = {
     "instant": {"steps": 0, "trajectories": 0},
     "balanced": {},
-    "thorough": {"steps": 160, "trajectories": 24, "sampling_steps": 12},
+    "thorough": {"steps": 160, "trial_steps": 0, "trajectories": 24, "sampling_steps": 12},
 }
 SOFT_PRESETS: dict[str, dict[str, Any]] = {
-    "balanced": {"steps": 80},
-    "thorough": {"steps": 240},
+    "balanced": {"steps": 80, "trial_steps": 0},
+    "thorough": {"steps": 240, "trial_steps": 0},
 }
 # What another concept in the same run adds; a quarter of a run of its own.
 MORE_PER_CONCEPT = 0.25
@@ -249,6 +259,8 @@ def preset_settings(
         raise SettingsError(f"Unknown preset {preset!r}. Choose one of: {', '.join(PRESETS)}.")
     given = {name: value for name, value in values.items() if value is not None}
     chosen = dict(PRESETS[preset])
+    if "steps" in given:  # who asks for steps gets them
+        chosen["trial_steps"] = 0
     if {**(family or {}), **given}.get("form") == "soft":
         chosen |= SOFT_PRESETS.get(preset, {})
     chosen |= family or {}
@@ -272,8 +284,8 @@ def parse_concepts(given: Any, alternative: str = "") -> tuple[Concept, ...]:
         alternative: what takes the place of those that name nothing themselves.
 
     Raises:
-        SettingsError: nothing to erase, a line that can't be read, a concept named twice, or one
-            that is its own or another concept's alternative.
+        SettingsError: nothing to erase, a line that can't be read, a concept named twice, of an
+            unknown kind, or one that is its own or another concept's alternative.
     """
     lines = given.splitlines() if isinstance(given, str) else list(given)
     concepts = [c for c in (_concept(line, alternative) for line in lines) if c is not None]
@@ -300,10 +312,11 @@ def concept_names(given: Any) -> tuple[str, ...]:
 
 
 def _concept(line: Any, alternative: str) -> Concept | None:
+    kind = ""
+    if isinstance(line, Mapping):
+        line = Concept(**line)
     if isinstance(line, Concept):
-        line = str(line)
-    elif isinstance(line, Mapping):
-        line = str(Concept(**line))
+        line, kind = str(line), _text("kind", line.kind)
     parts = [part.strip() for part in _text("concept", line).split(ARROW)]
     if not any(parts):
         return None
@@ -312,10 +325,14 @@ def _concept(line: Any, alternative: str) -> Concept | None:
             f"The line {line!r} can't be read. Write the concept alone, or: cat {ARROW} dog"
         )
     own = parts[1] if len(parts) == 2 else alternative.strip()
-    return Concept(parts[0], own)
+    return Concept(parts[0], own, kind)
 
 
 def _check_concept(concept: Concept, before: list[Concept], every: list[Concept]) -> None:
+    if concept.kind and concept.kind not in KINDS:
+        raise SettingsError(
+            f"Unknown kind {concept.kind!r} of {concept.text!r}. Choose one of: {', '.join(KINDS)}."
+        )
     if same_text(concept.text, concept.alternative):
         raise SettingsError(
             f"The concept and what replaces it are the same: {concept.text!r}. Name something "
@@ -346,6 +363,7 @@ _CHOICES = (
 _INTEGER_RANGES = (
     ("rank", 1, 256),
     ("steps", 0, 10_000),
+    ("trial_steps", 0, 10_000),
     ("batch", 1, 64),
     ("trajectories", 0, 1024),
     ("sampling_steps", 2, 200),

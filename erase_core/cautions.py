@@ -1,0 +1,80 @@
+"""What a person must be told about a run, in words: it stands in the record and at the node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .language import MOSTLY_UNKNOWN
+from .protection import HARM, RUIN
+from .settings import EraseSettings
+
+# Of the guidance, which keys and values change by more than themselves.
+GUIDANCE_HARM, GUIDANCE_RUIN = 0.4, 1.0
+WORST = 3
+WORSE = "worse"
+
+
+def harm_grade(measures: Mapping[str, Any], others: Mapping[str, Any] | None) -> str:
+    """ "ruin", "harm" or "": how much of what nobody named changes, by the worse of two figures."""
+    changed = others["change"] if others else 0.0
+    guidance = 0.0 if measures.get("unnamed_of") != "guidance" else measures["unnamed_drift"]
+    if changed > RUIN or guidance > GUIDANCE_RUIN:
+        return "ruin"
+    return "harm" if changed > HARM or guidance > GUIDANCE_HARM else ""
+
+
+def harm_warnings(
+    settings: EraseSettings, measures: Mapping[str, Any], others: Mapping[str, Any] | None
+) -> list[str]:
+    """What else changes, where that is much, with what to do about it."""
+    grade = harm_grade(measures, others)
+    if not grade:
+        return []
+    figures = []
+    if others:
+        figures.append(f"their keys and values by {others['change']:.0%} on average")
+    if measures.get("unnamed_of") == "guidance":
+        figures.append(f"their guidance by {measures['unnamed_drift']:.0%}")
+    words = ", ".join(f"{one['text']} {one['drift']:.0%}" for one in _worst(measures, others))
+    what = "is ruined for" if grade == "ruin" else "suffers in"
+    return [
+        f"The model {what} much that nobody named: {' and '.join(figures)} (most: {words}). "
+        f"{_advice(settings)}"
+    ]
+
+
+def _worst(measures: Mapping[str, Any], others: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    entries = others["words"] if others else measures["unnamed"]
+    return sorted(entries, key=lambda one: -one["drift"])[:WORST]
+
+
+def _advice(settings: EraseSettings) -> str:
+    if settings.protection is not None:
+        return "Leave the protection to the run, or raise it."
+    if any(not concept.alternative for concept in settings.concepts):
+        return (
+            "Name a replacement that is close to the concept, or erase fewer concepts in one run."
+        )
+    return "Erase fewer concepts in one run, or name a replacement that is closer to the concept."
+
+
+def training_warnings(settings: EraseSettings, training: str) -> list[str]:
+    """That training was of no use, where it wasn't."""
+    if training != WORSE:
+        return []
+    return [
+        "Training ended worse than it began, so the start is handed on: the closed form, as the "
+        f"preset 'instant' gives it. Lower the learning rate (it is {settings.learning_rate:g}) or "
+        "raise the protection."
+    ]
+
+
+def unknown_warnings(share: float) -> list[str]:
+    """That the plain captions say little to the text encoder at hand."""
+    if share < MOSTLY_UNKNOWN:
+        return []
+    return [
+        f"This text encoder knows only {1 - share:.0%} of the words in the plain captions. What it "
+        "protects beside them are words of its own vocabulary."
+    ]
