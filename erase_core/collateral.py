@@ -92,7 +92,7 @@ class Others:
         Args:
             concepts: rows of each concept's last token and of its prompt's end, (2, width).
         """
-        held_out = self.of_edit(edit, self.witnesses)
+        held_out = self.of_edit(edit, self.witnesses.telling())
         changes, rows = self.of_edit(edit, self.vocabulary), self.vocabulary.rows
         nearest = _likeness(rows, concepts).topk(min(NEAREST, len(rows))).indices
         most = changes.changes.topk(min(MOST_CHANGED, len(rows))).indices

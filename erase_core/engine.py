@@ -109,7 +109,6 @@ def erase(
     # the host makes room for one by moving the other away.
     captions = plain_captions(settings.captions)
     reading = choose_reading(denoiser, captions, settings.kind)
-    unnamed = _unnamed(run, reading)
     language = vectors = None
     if has_readers:
         language = yield from run.language(reading, language_cache)
@@ -118,6 +117,10 @@ def erase(
         plain = denoiser.encode(spread(captions, PLAIN_CAPTIONS))
         prompts = dataclasses.replace(prompts, plain=plain)
         run.plan(prompts)
+    words = [word for word, _ in reading.witnesses]
+    if language:
+        words = language.witnesses.without(run.spoken).telling().texts
+    unnamed = _unnamed(run, reading, words)
     readers = {name: run.matrices[name] for name in _readers(run.matrices, denoiser.family)}
     held_out = yield from run.held_out_states(prompts)
     choice, pooled, others = None, _pooled_edit(run, prompts, exact, vectors), None
@@ -233,10 +236,11 @@ def _exact(settings: EraseSettings, prompts: EncodedPrompts) -> ExactSet:
     return ExactSet(nothing, [1.0] * len(prompts.edits), kept)
 
 
-def _unnamed(run: Run, reading: Reading) -> dict[str, Encoded]:
+def _unnamed(run: Run, reading: Reading, witnesses: Sequence[str]) -> dict[str, Encoded]:
     """Prompts of words that nobody named, to measure what else changes, by their texts."""
-    words = naming([word for word, _ in reading.witnesses], run.spoken)
-    texts = [text for word, text in reading.witnesses if word not in words]
+    left_out = set(naming(witnesses, run.spoken))
+    wanted = set(witnesses) - left_out
+    texts = [text for word, text in reading.witnesses if word in wanted]
     texts = spread(texts, UNNAMED_PROMPTS) or spread(reading.protected, UNNAMED_PROMPTS)
     return dict(zip(texts, run.denoiser.encode(texts), strict=True))
 

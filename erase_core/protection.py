@@ -31,6 +31,8 @@ AIM = 0.92
 # CHANGE_FOR_MORE. Some concepts never get far, such as a style that nothing replaces: with any
 # harm allowed, they drew the ridge down to where other styles were lost, and were no more gone.
 LEAST_GAIN, CHANGE_FOR_MORE = 0.01, 0.15
+# How many ridges are tried on predictions, at most; those weaker than the first at twice the step.
+MOST_TRIES, STEP = 3, 2
 # A concept of which less than this moves is not erased; better to say so than to hand it on. Until
 # then the others don't count.
 LEAST_MOVED = 0.5
@@ -87,7 +89,8 @@ def strongest_that_moves(
         return others.of_witnesses(solution) if others else NO_WORDS
 
     best = None
-    for ridge in ridges[_by_keys_and_values(ridges, solve, changes) :]:
+    first = _by_keys_and_values(ridges, solve, changes)
+    for ridge in ridges[first::STEP][:MOST_TRIES]:
         solution = solve(ridge)
         changed = changes(solution)
         if moves is None:

@@ -26,7 +26,7 @@ from .language import Reading, pooled_moment, read_language
 from .measure import PLAIN_GRADIENT, CountedDenoiser, movement_on
 from .pooled import PooledEdit
 from .prompts import prompt_warnings
-from .protection import HARM, LEAST_GAIN, RIDGES, Choice, strongest_that_moves
+from .protection import HARM, LEAST_GAIN, MOST_TRIES, RIDGES, Choice, strongest_that_moves
 from .record import VERSION
 from .settings import EraseSettings
 from .states import Sampling, States, Trajectories, draw_pairs, sample_states
@@ -37,7 +37,6 @@ READING = "Reading ordinary language, {0[0]} of {0[1]} prompts"
 # States on which a protection is tried, and the early stop is decided: few, since they are only
 # compared with each other.
 TRIED_STATES = 12
-EXPECTED_TRIES = 2
 HELD_OUT_SHARE = 5  # of the trajectories, one in so many is to check on
 # Trajectories, for each concept, on which it is tried whether training helps.
 TRIAL_TRAJECTORIES = 2
@@ -246,9 +245,8 @@ class Run:
         self.gradient_apart = trainer.check_gradient()
         self._plan["gradient"] = self.denoiser.forward_equivalents - before
         if trainer.fit.checkpointing:
-            self._plan["training"] = (
-                self._plan["training"] * Recompute.forward_equivalents // PLAIN_GRADIENT
-            )
+            planned = self._planned(with_gradient=Recompute.forward_equivalents)
+            self._plan["training"] = planned["training"]
 
     def train(
         self,
@@ -413,7 +411,7 @@ def planned_cost(
     compared = tried if settings.steps and not soft else 0
     return {
         "pool": (3 * (training + held_out) + 2 * kept) * settings.sampling_steps,
-        "protection": tried * (EXPECTED_TRIES if settings.protection is None else 1),
+        "protection": tried * (MOST_TRIES if settings.protection is None else 1),
         "gradient": CHECKED_GRADIENT * images * (1 + bool(trial)) if settings.steps else 0,
         "trial": with_gradient * trial * settings.batch + tried if trial else 0,
         "training": with_gradient * settings.steps * settings.batch * images
@@ -429,7 +427,7 @@ def _trajectory_counts(settings: EraseSettings) -> tuple[int, int]:
     count, concepts = settings.trajectories, len(settings.concepts)
     if not settings.steps:
         return 0, max(count, concepts)
-    held_out = max(count // HELD_OUT_SHARE, concepts)
+    held_out = max(-(-count // HELD_OUT_SHARE), concepts)
     return max(1, count - held_out), held_out
 
 

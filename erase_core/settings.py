@@ -122,7 +122,7 @@ class EraseSettings:
     # From .0003 to .01 there is no difference.
     learning_rate: float = 0.003
     stop_below: float = 0.0
-    trajectories: int = 15
+    trajectories: int = 14
     # Either alone does nearly as well; both see the states of what is asked and of what is drawn.
     driven_by: str = "both"
     sampling_steps: int = 9

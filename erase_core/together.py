@@ -145,7 +145,7 @@ def changes_together(
     if not others.witnesses.texts:
         return None
     edit = together([(erasure.edit(), strength) for erasure, strength in applied])
-    return others.of_edit(edit, others.witnesses)
+    return others.of_edit(edit, others.witnesses.telling())
 
 
 def _language(

@@ -8,19 +8,17 @@ import comfy.lora
 from comfy_api.v0_0_2 import io
 
 from ..erase_core import Erasure
-from ..erase_core.fingerprint import PACKED_WITHIN, SAME_WITHIN, fingerprint, same_fingerprint
+from ..erase_core.collateral import WordChanges
+from ..erase_core.fingerprint import fingerprint, same_fingerprint
 from ..erase_core.formats import kohya_tensors
-from ..erase_core.layers import reads_prompt
+from ..erase_core.layers import LayerRuleError, reads_prompt
 from ..erase_core.measure import key_value_drift
+from ..erase_core.together import changes_together
 from .encoding import encode_prompts
 from .exact import add_side_path
-from .matrices import (
-    base_fingerprint,
-    has_packed_weights,
-    known_matrices,
-    kohya_keys,
-    original_weights,
-)
+from .families import UnsupportedModelError
+from .host import ComfyDenoiser
+from .matrices import is_base_of, known_matrices, kohya_keys, original_weights
 from .messages import show_progress_text, upstream_file, warn
 from .schema import CATEGORY, ErasureType, compatible
 from .stack import (
@@ -29,10 +27,13 @@ from .stack import (
     MERGE,
     Applied,
     applied_to,
+    harm_text,
     overlap_warnings,
     stack_text,
+    together_text,
     twice_text,
 )
+from .store import LanguageStore
 
 MODES = (MERGE, EXACT)
 STRONGEST = 5.0
@@ -82,7 +83,8 @@ class ApplyErasure(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Connect to check that the erasure was made with this text encoder.",
+                    tooltip="Connect to check that the erasure was made with this text encoder, "
+                    "and how much several erasures together change besides.",
                 ),
             ],
             outputs=[io.Model.Output("patched_model", display_name="MODEL")],
@@ -99,9 +101,11 @@ class ApplyErasure(io.ComfyNode):
         warnings = mismatches(model, erasure, clip, name)
         if strength:
             warnings += overlap_warnings(applied_to(model), erasure)
+        changes = None if clip is None else stack_changes(patched, clip)
+        warnings += harm_text(applied_to(patched), changes)
         for warning in warnings:
             warn(warning, cls.hidden.unique_id)
-        text = stack_report(patched)
+        text = stack_report(patched, changes)
         if text:  # a node shows one text, the last
             show_progress_text(" ".join([*warnings, text]), None, cls.hidden.unique_id)
         return io.NodeOutput(patched)
@@ -137,18 +141,17 @@ def apply_erasure(model, erasure: Erasure, strength: float, mode: str = MERGE):
         add_side_path(patched, erasure, keys, strength)
     else:
         _merge(patched, erasure, keys, strength)
-    patched.set_attachments(ATTACHMENT, (*applied, Applied.of(erasure, mode)))
+    patched.set_attachments(ATTACHMENT, (*applied, Applied.of(erasure, mode, strength)))
     return patched
 
 
 def mismatches(model, erasure: Erasure, clip, name: str) -> list[str]:
     """Warnings when the erasure was made on another base or with another text encoder."""
     warnings = []
-    base = erasure.record["base"]
-    within = PACKED_WITHIN if has_packed_weights(model) else SAME_WITHIN
-    if not same_fingerprint(base["fingerprint"], base_fingerprint(model), within):
+    if not is_base_of(model, erasure.record):
+        base = erasure.record["base"]["name"] or "another model"
         warnings.append(
-            f"The erasure of {erasure.concept!r} was made on {base['name'] or 'another model'}, "
+            f"The erasure of {erasure.concept!r} was made on {base}, "
             f"this model is {name or 'a different one'}. It may erase less and change more."
         )
     if clip is not None:
@@ -167,10 +170,32 @@ def mismatches(model, erasure: Erasure, clip, name: str) -> list[str]:
     return warnings
 
 
-def stack_report(model) -> str:
-    """What stays exact on a model that carries several erasures; "" for fewer than two."""
+def stack_report(model, changes: WordChanges | None = None) -> str:
+    """What stays exact on a model that carries several erasures, and what changes; "" for fewer.
+
+    Args:
+        changes: of words that nobody named, where they are known.
+    """
     weight = next(iter(known_matrices(model).values()))
-    return stack_text(applied_to(model), str(weight.dtype).removeprefix("torch."))
+    applied = applied_to(model)
+    texts = [stack_text(applied, str(weight.dtype).removeprefix("torch."))]
+    return " ".join([text for text in (*texts, together_text(applied, changes)) if text])
+
+
+def stack_changes(model, clip) -> WordChanges | None:
+    """How far words that nobody named change by all erasures on a model; None if not known."""
+    applied = applied_to(model)
+    if len(applied) < 2:
+        return None
+    try:
+        denoiser = ComfyDenoiser(model, clip, "", 1, 64)  # to read words with: it loads no model
+    except (UnsupportedModelError, LayerRuleError):
+        return None
+    known = kohya_keys(model)
+    names = {name for one in applied for name in one.erasure.factors if reads_prompt(name)}
+    weights = original_weights(model, {name: known[name] for name in sorted(names)})
+    erasures = [(one.erasure, one.strength) for one in applied]
+    return changes_together(erasures, denoiser, weights, LanguageStore())
 
 
 def _merge(patcher, erasure: Erasure, keys: Mapping[str, str], strength: float) -> None:

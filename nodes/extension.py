@@ -6,6 +6,7 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 
 from .apply import ApplyErasure
 from .files import LoadErasure, SaveErasure
+from .join import JoinErasures
 from .take_out import TakeConceptsOut
 from .train import TrainErasure
 
@@ -15,4 +16,11 @@ class ConceptSurgeryExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes of the pack."""
-        return [TrainErasure, ApplyErasure, TakeConceptsOut, SaveErasure, LoadErasure]
+        return [
+            TrainErasure,
+            ApplyErasure,
+            JoinErasures,
+            TakeConceptsOut,
+            SaveErasure,
+            LoadErasure,
+        ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import comfy.lora
 from torch import Tensor
 
-from ..erase_core.fingerprint import fingerprint
+from ..erase_core.fingerprint import PACKED_WITHIN, SAME_WITHIN, fingerprint, same_fingerprint
 from ..erase_core.layers import LayerRuleError, matching
 from ..erase_core.settings import EraseSettings
 from .families import model_family
@@ -89,3 +90,9 @@ def known_matrices(model) -> dict[str, Tensor]:
 def base_fingerprint(model) -> list[float]:
     """Fingerprint of the unpatched matrices that an erasure changes."""
     return fingerprint(known_matrices(model))
+
+
+def is_base_of(model, record: Mapping[str, Any]) -> bool:
+    """Whether an erasure was made on this model, by its record, whatever is patched onto it."""
+    within = PACKED_WITHIN if has_packed_weights(model) else SAME_WITHIN
+    return same_fingerprint(record["base"]["fingerprint"], base_fingerprint(model), within)

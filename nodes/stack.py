@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..erase_core import Erasure
+from ..erase_core.collateral import WordChanges
+from ..erase_core.protection import HARM
 from ..erase_core.settings import same_text
 
 ATTACHMENT = "concept_surgery_applied"
 MERGE, EXACT = "merge", "exact"
 EXACT_FORM = "hard"
+WORST = 3
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Applied:
         exact: texts of the negative and kept prompts that it holds exactly.
         mode: "merge" or "exact", how it was applied.
         parts: hash of the values of each of its concepts, by text.
+        erasure: itself, which what several do together is computed from.
+        strength: how strongly it was applied.
     """
 
     identity: str
@@ -32,9 +37,11 @@ class Applied:
     exact: tuple[str, ...]
     mode: str
     parts: Mapping[str, str] = field(default_factory=dict)
+    erasure: Erasure | None = field(default=None, repr=False, compare=False)
+    strength: float = 1.0
 
     @classmethod
-    def of(cls, erasure: Erasure, mode: str) -> Applied:
+    def of(cls, erasure: Erasure, mode: str, strength: float) -> Applied:
         """What to remember of an erasure that is applied in a mode."""
         record = erasure.record
         form = record["form"]
@@ -43,7 +50,8 @@ class Applied:
             *(entry["text"] for entry in record["measures"]["kept"] if entry["exact"]),
         ]
         exact = tuple(dict.fromkeys(text.strip() for text in texts)) if form == EXACT_FORM else ()
-        return cls(erasure.identity, erasure.concept, form, exact, mode, erasure.parts)
+        parts = erasure.parts
+        return cls(erasure.identity, erasure.concept, form, exact, mode, parts, erasure, strength)
 
 
 def applied_to(model) -> tuple[Applied, ...]:
@@ -113,3 +121,46 @@ def stack_text(applied: Sequence[Applied], weights: str = "float32") -> str:
     if weights != "float32" and any(one.mode == MERGE for one in applied):
         lines.append(f"Merging adds the rounding of {weights} weights; mode 'exact' does not.")
     return " ".join(lines)
+
+
+def harm_text(applied: Sequence[Applied], changes: WordChanges | None) -> list[str]:
+    """That the erasures on a model are too much together, where they are known to be.
+
+    Args:
+        changes: of words that nobody named.
+    """
+    if changes is None or changes.mean <= HARM:
+        return []
+    advice = "Lower their strengths."
+    if can_be_joined(applied):
+        advice = "Solve them together with Join Erasures, or lower their strengths."
+    return [
+        f"These {len(applied)} erasures together change words that nobody named by "
+        f"{changes.mean:.0%} (most: {', '.join(changes.worst(WORST))}). {advice}"
+    ]
+
+
+def together_text(applied: Sequence[Applied], changes: WordChanges | None) -> str:
+    """What a person should know about erasures that were solved apart; "" where there is nothing.
+
+    Args:
+        changes: of words that nobody named; None where they aren't known.
+    """
+    if len(applied) < 2:
+        return ""
+    if changes is not None:
+        return f"Words that nobody named change by {changes.mean:.0%} on average."
+    if not can_be_joined(applied):
+        return ""
+    return (
+        "They were trained apart, and what they change besides adds up: Join Erasures solves them "
+        "together. Connect CLIP to be told how much it is, where that can be known."
+    )
+
+
+def can_be_joined(applied: Sequence[Applied]) -> bool:
+    """Whether Join Erasures could help: all in the hard form, and not parts of one training."""
+    records = [one.erasure.record for one in applied if one.erasure is not None]
+    trainings = [(record["created"], record["settings"]) for record in records]
+    apart = any(training != trainings[0] for training in trainings)
+    return apart and all(one.form == EXACT_FORM for one in applied)

@@ -1,4 +1,4 @@
-"""Second moments of ordinary language, kept on disk per text encoder."""
+"""What was read of ordinary language, kept on disk per text encoder."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..erase_core.formats import write_safetensors
 
-KEPT_FILES = 16
+KEPT_FILES = 64  # three or four for each text encoder and list of captions
 
 
 class LanguageStore(MutableMapping[str, Tensor]):
-    """A small folder of tensors by key; the oldest files beyond sixteen are dropped.
+    """A small folder of tensors by key; the oldest files beyond 64 are dropped.
 
     A folder that can't be written costs the next run a minute, not this one its result.
     """

@@ -5,23 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import comfy.utils
-import torch
 from comfy_api.v0_0_2 import io
 
-from ..erase_core import KINDS, PRESETS, EraseSettings, Finished, erase, preset_settings
+from ..erase_core import KINDS, PRESETS, EraseSettings, Finished, preset_settings
 from ..erase_core.families import Family
 from ..erase_core.identity import REUSE, USE_IF_THERE
 from ..erase_core.layers import LAYER_RULES
 from ..erase_core.prompts import prompt_pairs
-from ..erase_core.report import report_text
 from ..erase_core.settings import FORMS, NULL_SCORES, parse_concepts
 from .families import trainable_family
-from .host import ComfyDenoiser, left_out_of_training
-from .messages import show_progress_text, upstream_file, warn
-from .results import ResultStore
+from .runs import refuse_without_clip, report_of, run_to_end
 from .schema import CATEGORY, ErasureType, compatible
-from .store import LanguageStore
 
 AS_PRESET = -1
 AUTO = "auto"  # as the model's family says
@@ -95,42 +89,12 @@ class TrainErasure(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, **widgets: Any) -> io.NodeOutput:
         """Train, with the host's progress bar and cancel button."""
-        if clip is None:
-            raise ValueError(
-                "No CLIP is connected (the checkpoint has none). Concepts are words: connect the "
-                "CLIP of a checkpoint loader or of a CLIP loader."
-            )
+        refuse_without_clip(clip)
         settings = settings_from_widgets(widgets, trainable_family(model))
-        # The host runs nodes in inference mode, where nothing can be trained.
-        with torch.inference_mode(False), torch.enable_grad():
-            reuse = widgets.get("stored_result", USE_IF_THERE)
-            finished = cls._train(model, clip, settings, reuse)
-        record = finished.erasure.record
-        for warning in record["warnings"]:
-            warn(warning, cls.hidden.unique_id)
-        notes = left_out_of_training(model)
-        if finished.stored:
-            notes.insert(0, f"Taken from the store: trained on {record['created']}.")
-        report = report_text(record, notes)
+        reuse = widgets.get("stored_result", USE_IF_THERE)
+        finished = run_to_end(model, clip, settings, cls.hidden, reuse)
+        report = report_of(finished, model, cls.hidden.unique_id)
         return io.NodeOutput(finished.erasure, {"loss": _loss_curve(finished)}, report)
-
-    @classmethod
-    def _train(cls, model, clip, settings: EraseSettings, reuse: str) -> Finished:
-        name = upstream_file(cls.hidden.prompt, cls.hidden.unique_id, "model")
-        images = 3 * settings.batch
-        with ComfyDenoiser(
-            model, clip, name, images, settings.resolution, settings.layers
-        ) as denoiser:
-            bar = None
-            results = ResultStore(warn=lambda text: warn(text, cls.hidden.unique_id))
-            for event in erase(settings, denoiser, LanguageStore(), results=results, reuse=reuse):
-                if isinstance(event, Finished):
-                    return event
-                total = max(1, event.total)  # the instant form plans no evaluation at all
-                bar = bar or comfy.utils.ProgressBar(total)
-                bar.update_absolute(event.done, total)
-                show_progress_text(event.stage, event.loss, cls.hidden.unique_id)
-        raise RuntimeError("The run ended without a result.")
 
 
 def settings_from_widgets(
@@ -211,7 +175,7 @@ def _main_inputs() -> list[Any]:
             default="",
             tooltip=(
                 "What to draw instead, for example: dog, for lines that don't say it with =>. "
-                "Empty: the rest of the prompt alone."
+                'Empty: nothing in particular, as if you had written "thing".'
             ),
         ),
         io.String.Input(
@@ -246,8 +210,8 @@ def _main_inputs() -> list[Any]:
             default="balanced",
             tooltip=(
                 "instant: seconds; nothing is sampled, so the report can't say how far the "
-                "pictures go. balanced: about 900 evaluations of the model. thorough: about twice "
-                "as many."
+                "pictures go. balanced: about 200 evaluations of the model, and up to 900 where "
+                "training helps. thorough: about 2,000, trained in any case."
             ),
         ),
         io.Int.Input(
@@ -355,7 +319,8 @@ def _advanced_inputs() -> list[Any]:
             "captions",
             AS_PRESET,
             100_000,
-            "Plain captions that stand for the rest of the language." + preset,
+            "Plain captions, and nearly as many words of the text encoder's own, that stand for "
+            "the rest of the language." + preset,
         ),
         _combo(
             "stored_result",

@@ -93,7 +93,8 @@ def _gap(denoiser: ToyDenoiser, case: Case, edit, eta: float | None) -> float:
 
 TRAINED = (
     (esd, {**esd.PUBLISHED, "steps": 60, "rate": 3e-4, "sampling_steps": 4}, 1.0),
-    (leco, {**leco.PUBLISHED, "steps": 80, "rate": 2e-2, "sampling_steps": 4}, 1.0),
+    # With a batch of two and a higher rate it ends between .2 and .9 of the gap, by the seed.
+    (leco, {**leco.PUBLISHED, "steps": 160, "rate": 1e-2, "batch": 8, "sampling_steps": 4}, 1.0),
     (ileco, {**ileco.PUBLISHED, "steps": 80, "rate": 2e-2}, None),
 )
 
@@ -151,7 +152,7 @@ def test_speed_and_ours_run_on_the_same_denoiser(monkeypatch) -> None:
 def test_a_phrased_case_tells_a_peer_what_ours_is_told(case: Case) -> None:
     told, pairs = PhrasedCase.of(case), _told(case)
     assert [(c.text, c.alternative) for c in told.concepts] == [
-        (pair.erased, pair.alternative) for pair in pairs
+        (pair.erased, pair.alternative or pair.neutral[0]) for pair in pairs
     ]
     assert set(case.erased) <= set(told.erased)
     assert told.keep == case.keep

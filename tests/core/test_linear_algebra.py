@@ -4,21 +4,15 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from concept_surgery.erase_core import protection
 from concept_surgery.erase_core.alignment import STREAM_IDS, align_tokens
 from concept_surgery.erase_core.closed_form import (
     FLOOR,
     MOST_COLUMNS,
     EditRegression,
+    Metric,
     TokenEdit,
-    metric,
 )
 from concept_surgery.erase_core.denoiser import LowRankEdit
-from concept_surgery.erase_core.protection import (
-    RIDGES,
-    SHARE_OF_ATTAINABLE,
-    strongest_that_moves,
-)
 from concept_surgery.erase_core.subspace import (
     KEEP_FLOOR,
     SubspaceError,
@@ -239,94 +233,17 @@ def test_an_edit_that_the_exact_set_hides_moves_nothing():
     assert leakage(found.basis, case.exact) < 1e-12
 
 
-@settings(max_examples=5, deadline=None)
-@given(st.integers(0, 5000), st.integers(1, 4))
-def test_the_ridge_chosen_is_the_strongest_that_is_enough(seed, concepts):
-    problem, solved = Regression(seed, concepts, 4, 1.0).problem, []
-
-    class Counted:
-        def solve(self, ridge, rank):
-            solved.append(ridge)
-            return problem.solve(ridge, rank)
-
-    with pytest.raises(StopIteration) as end:
-        next(strongest_that_moves(Counted(), 4, None))
-    moved = [problem.solve(ridge, 4).moved for ridge in RIDGES]
-    enough = [
-        all(m >= SHARE_OF_ATTAINABLE * most for m, most in zip(some, moved[-1], strict=True))
-        for some in moved
-    ]
-    assert end.value.value.ridge == RIDGES[enough.index(True)]
-    assert len(solved) == len(set(solved)) <= 4
-
-
-@pytest.mark.parametrize(
-    "guidance, tried, chosen, most_harm",
-    [
-        ([0.95], 1, 0, 9),
-        ([0.5, 0.7, 0.93], 3, 2, 9),
-        ([0.5, 0.7, 0.705], 3, 1, 9),
-        ([0.5], 1, 0, 0),  # enough to be accepted, and weaker ones would do harm
-        ([0.4, 0.45, 0.52], 3, 2, 0),  # whatever the harm, until there is enough
-        ([0.4, 0.55], 2, 1, 0),
-    ],
-)
-def test_weaker_ridges_are_tried_while_the_guidance_is_short_and_they_gain_without_harm(
-    guidance, tried, chosen, most_harm, monkeypatch
-):
-    monkeypatch.setattr(protection, "MOST_HARM", most_harm)
-    problem, evaluated = Regression(3, 1, 4, 1.0).problem, []
-
-    def moves(solution):
-        yield 12
-        evaluated.append(solution)
-        return [guidance[len(evaluated) - 1]]
-
-    stage = strongest_that_moves(problem, 4, moves)
-    images = []
-    with pytest.raises(StopIteration) as end:
-        while True:
-            images.append(next(stage))
-    choice = end.value.value
-    assert images == [12] * tried and len(evaluated) == tried
-    assert choice.solution is evaluated[chosen] and choice.moved == [guidance[chosen]]
-    harms = [solution.harm for solution in evaluated]
-    assert harms == sorted(harms)
-
-
-def test_harm_is_allowed_for_each_concept(monkeypatch):
-    problem = Regression(3, 3, 4, 1.0).problem
-    harms = [problem.solve(ridge, 4).harm for ridge in RIDGES]
-
-    def moves(solution):
-        yield 1
-        return [0.5 + 0.02 * harms.index(solution.harm)] * 3  # always a gain, never the aim
-
-    for weakest in range(len(RIDGES)):
-        monkeypatch.setattr(protection, "MOST_HARM", harms[weakest] / 3 * 1.0001)
-        with pytest.raises(StopIteration) as end:
-            stage = strongest_that_moves(problem, 4, moves)
-            while True:
-                next(stage)
-        first = harms.index(_first(problem).harm)
-        assert end.value.value.ridge == RIDGES[max(first, weakest)]
-
-
-def _first(problem):
-    """The closed form where nothing is sampled, which is where the search begins."""
-    with pytest.raises(StopIteration) as end:
-        next(strongest_that_moves(problem, 4, None))
-    return end.value.value.solution
-
-
 def test_keys_and_values_both_count_in_the_metric_of_many_matrices():
     """Names alternate between the two; those that stand for all must not be of one kind."""
     names = [f"m{i:02}_attn2_to_{kind}" for i in range(25) for kind in "kv"]
     key, value = torch.zeros(2, WIDTH), torch.zeros(2, WIDTH)
     key[:, 0] = value[:, 1] = 1.0
     matrices = {name: key if name.endswith("k") else value for name in names}
-    found = metric(matrices, torch.eye(WIDTH, dtype=torch.float64))
-    assert 0.4 < found[0, 0] < 0.6 and 0.4 < found[1, 1] < 0.6
+    found = Metric.of(matrices, torch.eye(WIDTH, dtype=torch.float64))
+    assert 0.4 < found.matrix[0, 0] < 0.6 and 0.4 < found.matrix[1, 1] < 0.6
+    kinds = [name[-1] for name in found.energies]
+    assert 0.4 < kinds.count("k") / len(kinds) < 0.6
+    assert set(found.energies.values()) == {2.0}
 
 
 @settings(max_examples=15, deadline=None)

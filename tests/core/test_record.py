@@ -118,3 +118,32 @@ def test_a_file_from_before_the_pooled_vector_was_edited_is_read(erasure):
     measures["pooled"]["left"] = "little"
     with pytest.raises(ErasureFileError, match="measures.pooled.left"):
         read(erasure, record)
+
+
+def test_a_file_from_before_others_were_measured_is_read(erasure):
+    measures = {k: v for k, v in erasure.record["measures"].items() if k != "unnamed_of"}
+    record = {k: v for k, v in erasure.record.items() if k not in ("others", "training")}
+    again = read(erasure, {**record, "version": "0.6.0", "measures": measures})
+    text = report_text(again.record)
+    assert text.startswith("Verdict: ") and "Prompts nobody named: drift" in text
+    assert "What else changes" not in text and "Not trained" not in text
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("others", {"change": 0.1}),
+        ("others", {"change": "much", "words": [], "nearest": [], "most_changed": []}),
+        ("training", 3),
+        ("measures.unnamed_of", None),
+    ],
+)
+def test_what_is_new_and_amiss_is_said(erasure, path, value):
+    *parents, key = path.split(".")
+    record = copy.deepcopy(dict(erasure.record))
+    place = record
+    for parent in parents:
+        place = place[parent]
+    place[key] = value
+    with pytest.raises(ErasureFileError, match=path):
+        read(erasure, record)

@@ -106,7 +106,9 @@ def test_every_pair_knows_its_concept_and_its_alternative():
     pairs = prompt_pairs(EraseSettings(concepts="cat => dog\npizza"))
     assert len(pairs) == 2 * len(TEMPLATES["object"])
     assert all("cat" in p.erased and "dog" in p.alternative for p in pairs if p.concept == 0)
-    assert all("pizza" in p.erased and "dog" not in p.alternative for p in pairs if p.concept == 1)
+    removed = [p for p in pairs if p.concept == 1]
+    assert all("pizza" in p.erased and not p.alternative for p in removed)
+    assert all("pizza" not in text and "dog" not in text for p in removed for text in p.neutral)
 
 
 def test_own_templates_replace_those_of_the_kind():
@@ -114,9 +116,9 @@ def test_own_templates_replace_those_of_the_kind():
     settings = EraseSettings(concepts="owl", templates=lines.replace("{a}", "{}"))
     pairs = [(p.erased, p.alternative) for p in prompt_pairs(settings)]
     assert pairs == [
-        ("a photo of owl, sunny", "a photo of, sunny"),
+        ("a photo of owl, sunny", ""),  # the same prompt with a neutral word instead
         ("sketch, owl, ink", "sketch, ink pen"),
-        ("owl at night", "at night"),
+        ("owl at night", ""),
     ]
 
 

@@ -15,6 +15,11 @@ class RememberingClip:
         self._clip = clip
         self._known: dict[str, Any] = {}
 
+    @property
+    def tokenizer(self) -> Any:
+        """The host's own, which lists the vocabulary."""
+        return self._clip.tokenizer
+
     def tokenize(self, text: str) -> Any:
         """As the host does."""
         return self._clip.tokenize(text)

@@ -2,7 +2,7 @@
 
 Published, each peer learns from the bare word and, where nothing takes its place, towards the empty
 prompt. Here each phrasing of the kind's templates is a concept of its own, and the same phrasing
-with the alternative, or without the concept, takes its place: what of our result is the templates'?
+with the alternative, or with a neutral word, takes its place: what of our result is the templates'?
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PhrasedCase(Case):
     def concepts(self) -> tuple[Concept, ...]:
         """A prompt with the concept, and the prompt that ours puts in its place."""
         pairs = prompt_pairs(EraseSettings(concepts=self.text, kind=self.kind))
-        return tuple(Concept(pair.erased, pair.alternative) for pair in pairs)
+        return tuple(Concept(pair.erased, pair.alternative or pair.neutral[0]) for pair in pairs)
 
 
 def phrased(method: Method) -> Method:

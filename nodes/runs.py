@@ -1,0 +1,71 @@
+"""Running the engine inside a node, with the host's progress bar and cancel button."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.utils
+import torch
+
+from ..erase_core import EraseSettings, Finished, erase
+from ..erase_core.identity import USE_IF_THERE
+from ..erase_core.report import report_text
+from .host import ComfyDenoiser, left_out_of_training
+from .messages import show_progress_text, upstream_file, warn
+from .results import ResultStore
+from .store import LanguageStore
+
+
+def refuse_without_clip(clip) -> None:
+    """A checkpoint may have no text encoder; its loader then gives nothing as CLIP.
+
+    Raises:
+        ValueError: no CLIP.
+    """
+    if clip is None:
+        raise ValueError(
+            "No CLIP is connected (the checkpoint has none). Concepts are words: connect the "
+            "CLIP of a checkpoint loader or of a CLIP loader."
+        )
+
+
+def run_to_end(
+    model, clip, settings: EraseSettings, hidden: Any, reuse: str = USE_IF_THERE
+) -> Finished:
+    """One run of the engine on the host's MODEL and CLIP.
+
+    Args:
+        hidden: the node's hidden inputs, with its id and the graph.
+        reuse: what to do about a stored result, see :func:`erase_core.erase`.
+    """
+    node_id = hidden.unique_id
+    name = upstream_file(hidden.prompt, node_id, "model")
+    results, bar = ResultStore(warn=lambda text: warn(text, node_id)), None
+    images, size = 3 * settings.batch, settings.resolution
+    # The host runs nodes in inference mode, where nothing can be trained.
+    with torch.inference_mode(False), torch.enable_grad():
+        with ComfyDenoiser(model, clip, name, images, size, settings.layers) as denoiser:
+            for event in erase(settings, denoiser, LanguageStore(), results=results, reuse=reuse):
+                if isinstance(event, Finished):
+                    return event
+                total = max(1, event.total)  # the instant form plans no evaluation at all
+                bar = bar or comfy.utils.ProgressBar(total)
+                bar.update_absolute(event.done, total)
+                show_progress_text(event.stage, event.loss, node_id)
+    raise RuntimeError("The run ended without a result.")
+
+
+def report_of(finished: Finished, model, node_id: str | None, notes: Sequence[str] = ()) -> str:
+    """The report of a run as text, after its warnings were given at the node.
+
+    Args:
+        notes: what the node itself has to say.
+    """
+    record = finished.erasure.record
+    for warning in record["warnings"]:
+        warn(warning, node_id)
+    notes = [*notes, *left_out_of_training(model)]
+    if finished.stored:
+        notes.insert(0, f"Taken from the store: trained on {record['created']}.")
+    return report_text(record, notes)

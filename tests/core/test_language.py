@@ -1,0 +1,356 @@
+"""Ordinary language: which prompts are read, what is made of them, what is kept of it."""
+
+import re
+
+import pytest
+import torch
+from concept_surgery.erase_core import erase, preset_settings
+from concept_surgery.erase_core.denoiser import Encoded
+from concept_surgery.erase_core.formats import write_safetensors
+from concept_surgery.erase_core.language import (
+    PHRASES,
+    SHRINKAGE,
+    TAG_PHRASES,
+    WITNESS_ROWS,
+    WITNESSES,
+    WORDS_PER_CAPTION,
+    Reading,
+    choose_reading,
+    common_tags,
+    in_phrases,
+    naming,
+    plain_captions,
+    pooled_moment,
+    read_language,
+    shrunk,
+    things,
+    unknown_share,
+)
+
+from .toy import TOKENS, WIDTH, ToyDenoiser
+
+
+class CountingToy(ToyDenoiser):
+    """Counts the prompts that it encodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def encode(self, prompts, together=False):
+        self.asked += prompts
+        return super().encode(prompts, together)
+
+
+class RaggedToy(CountingToy):
+    """Without padding: prompts have as many rows as tokens. With a pooled vector each."""
+
+    def token_ids(self, prompts):
+        return [[i for i in ids if i != 1] + [1] for ids in super().token_ids(prompts)]
+
+    def encode(self, prompts, together=False):
+        self.asked += prompts
+        rows = [self._embed(ids) for ids in self.token_ids(prompts)]
+        return [Encoded(one, None if together else one.sum(0)[:7]) for one in rows]
+
+
+class ListingToy(CountingToy):
+    """Lists its words, the frequent ones first."""
+
+    words = [*things(), *(f"word{n}" for n in range(3000))]
+
+    def vocabulary(self):
+        return list(self.words)
+
+
+class WholeWordToy(ListingToy):
+    """A word is one token, and any other is the unknown word."""
+
+    UNKNOWN, known = 2, frozenset([*things()[:200], *"a photo of picture".split()])
+
+    def token_ids(self, prompts):
+        found = []
+        for prompt, ids in zip(prompts, super().token_ids(prompts), strict=True):
+            words = prompt.split()[: TOKENS - 2]
+            own = [
+                i if w in self.known else self.UNKNOWN for w, i in zip(words, ids[1:], strict=False)
+            ]
+            found.append([0, *own, *ids[len(words) + 1 :]])
+        return found
+
+
+def end_of(generator):
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            return end.value
+
+
+def words_of(texts):
+    return set(re.findall(r"\w+", " ".join(texts).casefold()))
+
+
+CAPTIONS = plain_captions(100)
+EVERY = plain_captions()
+MOST = int(WORDS_PER_CAPTION * len(EVERY))
+
+
+def test_with_a_vocabulary_things_come_first_and_fewer_words_than_captions_are_read():
+    reading = choose_reading(ListingToy(), EVERY, "object")
+    words = [word for word, _ in reading.words]
+    held_out = [word for word, _ in reading.witnesses]
+    assert reading.protected == (*EVERY, *(text for _, text in reading.words))
+    assert len(words) == len(set(words)) == MOST and len(held_out) == WITNESSES
+    left = [thing for thing in things() if thing not in held_out]
+    assert words[: len(left)] == left
+    # Of the others the frequent ones are the denser: half of the list has .63 of them.
+    numbers = [int(word.removeprefix("word")) for word in words[len(left) :]]
+    assert numbers == sorted(numbers) and numbers[0] == 0 and numbers[-1] > 2900
+    assert sum(number < 1500 for number in numbers) == pytest.approx(0.63 * len(numbers), abs=3)
+
+
+@pytest.mark.parametrize("toy", [ToyDenoiser, ListingToy])
+@pytest.mark.parametrize("count", [40, 1000])
+def test_witnesses_are_in_nothing_that_is_protected(toy, count):
+    captions = plain_captions(count)
+    reading = choose_reading(toy(), captions, "object")
+    held_out = [word for word, _ in reading.witnesses]
+    assert len(held_out) == len(set(held_out)) == WITNESSES
+    assert set(held_out) <= set(things())
+    assert not set(held_out) & words_of(reading.protected)
+    assert naming(captions, held_out) == []
+
+
+def test_where_captions_name_most_words_the_others_are_witnesses_first():
+    class FewWords(ToyDenoiser):
+        def vocabulary(self):
+            return [f"word{n}" for n in range(60)]
+
+    captions = [f"word{n} and more" for n in range(50)]
+    reading = choose_reading(FewWords(), captions, "object")
+    held_out = {word for word, _ in reading.witnesses}
+    assert len(held_out) == 15 and held_out > {f"word{n}" for n in range(50, 60)}
+    assert not held_out & {word for word, _ in reading.words}
+    assert len(reading.words) == 45
+
+
+def test_without_a_vocabulary_shipped_words_are_read():
+    class Silent(ToyDenoiser):
+        def vocabulary(self):
+            return []
+
+    for toy in (ToyDenoiser(), Silent()):
+        reading = choose_reading(toy, EVERY, "object")
+        assert len(reading.words) == MOST
+        shipped = words_of([*things(), *common_tags(), *plain_captions()])
+        assert not {"ohn", "othic"} & {word for word, _ in reading.words}  # John, Gothic
+        assert {word for word, _ in reading.words} <= shipped
+
+
+def test_tags_are_read_as_tags():
+    reading = choose_reading(ListingToy(), EVERY, "tags")
+    words = {word for word, _ in (*reading.words, *reading.witnesses)}
+    assert words == set(common_tags())
+    assert all(
+        text in {phrase.replace("{}", word) for phrase in TAG_PHRASES}
+        for word, text in reading.words
+    )
+    assert not {w for w, _ in reading.witnesses} & {w for w, _ in reading.words}
+
+
+def test_words_take_the_phrases_in_turn():
+    found = in_phrases(["owl", "boots", "cat"], PHRASES[:2])
+    assert found == (("owl", "a photo of an owl"), ("boots", "boots"), ("cat", "a photo of a cat"))
+    reading = choose_reading(ListingToy(), CAPTIONS, "object")
+    assert {text for _, text in reading.witnesses} == {
+        text for _, text in in_phrases([word for word, _ in reading.witnesses], PHRASES[:1])
+    }
+
+
+def test_unknown_words_are_neither_protected_nor_witnesses():
+    toy = WholeWordToy()
+    reading = choose_reading(toy, EVERY, "object")
+    words = {word for word, _ in (*reading.words, *reading.witnesses)}
+    assert words == set(things()[:200])
+
+
+def test_it_is_told_how_much_of_the_captions_is_unknown():
+    toy = WholeWordToy()
+    assert unknown_share(toy, ["a photo of zebras", "a gnu"]) == pytest.approx(2 / 6)
+    assert unknown_share(toy, [""]) == 0
+    assert unknown_share(ToyDenoiser(), ["a photo of zebras"]) == 0
+    values = {"concepts": f"{things()[0]} => {things()[1]}", "captions": 40}
+    *_, last = erase(preset_settings("instant", **values), toy)
+    (warning,) = [w for w in last.erasure.record["warnings"] if "text encoder knows only" in w]
+    told = unknown_share(toy, plain_captions(64))
+    assert told > 0.5 and f"knows only {1 - told:.0%} of the words" in warning
+
+
+def brute_force(prompts):
+    """``mean_p mean_t c c^T`` of encoded prompts."""
+    rows = [prompt.tokens.double() for prompt in prompts]
+    return sum(one.T @ one / len(one) for one in rows) / len(rows)
+
+
+@pytest.mark.parametrize("toy", [ToyDenoiser, RaggedToy])
+def test_the_moment_is_the_mean_over_prompts_however_long(toy):
+    denoiser = toy()
+    reading = choose_reading(denoiser, CAPTIONS, "object")
+    language = end_of(read_language(denoiser, reading))
+    expected = brute_force(denoiser.encode(reading.protected, together=True))
+    torch.testing.assert_close(language.moment, expected, rtol=1e-5, atol=1e-6)
+    assert language.moment.dtype == torch.float64
+
+
+@pytest.mark.parametrize("toy", [ToyDenoiser, RaggedToy])
+def test_prompts_that_name_a_concept_count_as_if_they_had_never_been_there(toy):
+    """One cache serves all concepts."""
+    denoiser, cache, named = toy(), {}, ["cat", "volcano"]
+    captions = plain_captions()
+    reading = choose_reading(denoiser, captions, "object")
+    left_out = naming(reading.protected, named)
+    assert "a cat burglar tiptoeing along a roof ridge" in left_out
+    assert any("volcano" in text for text in left_out[-3:])
+    rest = [text for text in reading.protected if text not in left_out]
+    expected = brute_force(denoiser.encode(rest, together=True))
+    whole = end_of(read_language(denoiser, reading, cache)).moment
+    for _ in range(2):
+        found = end_of(read_language(denoiser, reading, cache, named)).moment
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        assert (found - whole).norm() > 1e-3 * whole.norm()
+    assert len(cache) == 3
+
+
+def test_names_are_found_as_words_of_their_own():
+    assert not naming(["a category", "concatenate"], ["cat"])
+    assert naming(["two Cats", "cat, cute"], ["cat"]) == ["two Cats", "cat, cute"]
+    assert naming(["saber \\(fate\\), armour"], ["saber \\(fate\\)"])
+    named = naming(plain_captions(), ["cat", "Van Gogh"])
+    assert any("van Gogh" in caption for caption in named)
+    assert all("cat" in c.lower() or "van gogh" in c.lower() for c in named)
+
+
+def test_language_is_read_once_for_each_encoder_and_reading():
+    toy, cache = CountingToy(), {}
+    reading = choose_reading(toy, CAPTIONS, "object")
+    first = end_of(read_language(toy, reading, cache))
+    (key,) = [key for key in cache if "-" not in key]
+    assert set(cache) == {key, f"{key}-words", f"{key}-witnesses"}
+    toy.asked.clear()
+    again = end_of(read_language(toy, reading, cache))
+    assert len(toy.asked) == 4  # the probes that tell encoders apart
+    assert torch.equal(first.moment, again.moment) and first.unknown == again.unknown
+    for one, other in ((first.vocabulary, again.vocabulary), (first.witnesses, again.witnesses)):
+        assert one.texts == other.texts and torch.equal(one.rows, other.rows)
+        assert torch.equal(one.counts, other.counts)
+    end_of(read_language(toy, choose_reading(toy, CAPTIONS[:-1], "object"), cache))
+    assert len(cache) == 6
+    less = Reading(reading.protected, reading.words, reading.witnesses[:-1])
+    end_of(read_language(toy, less, cache))
+    assert len(cache) == 9
+
+    class OtherToy(CountingToy):
+        def _embed(self, ids):
+            return super()._embed(ids) * 1.001
+
+    end_of(read_language(OtherToy(), reading, cache))
+    assert len(cache) == 12
+
+
+@pytest.mark.parametrize("part", ["", "-words", "-witnesses"])
+@pytest.mark.parametrize("amiss", [float("nan"), float("inf"), None])
+def test_an_entry_that_is_gone_or_not_finite_is_read_anew(part, amiss):
+    toy, cache = CountingToy(), {}
+    reading = choose_reading(toy, CAPTIONS, "object")
+    first = end_of(read_language(toy, reading, cache))
+    (key,) = [key for key in cache if key == f"{key[:32]}{part}"]
+    if amiss is None:
+        del cache[key]
+    else:
+        cache[key] = cache[key].clone()
+        cache[key].view(-1)[3] = amiss
+    toy.asked.clear()
+    again = end_of(read_language(toy, reading, cache))
+    assert len(toy.asked) > len(reading.protected)
+    assert torch.equal(first.moment, again.moment)
+    assert torch.equal(first.witnesses.rows, again.witnesses.rows)
+    assert all(rows.isfinite().all() for rows in cache.values())
+
+
+@pytest.mark.parametrize("toy", [ToyDenoiser, RaggedToy])
+def test_words_have_the_rows_of_their_last_token_and_of_the_end(toy):
+    denoiser = toy()
+    reading = choose_reading(denoiser, CAPTIONS, "object")
+    found = end_of(read_language(denoiser, reading)).vocabulary
+    assert found.texts == tuple(word for word, _ in reading.words)
+    assert found.rows.shape == (len(found.texts), 2, WIDTH) and found.counts.tolist() == [1, 1]
+    for number, (word, text) in list(enumerate(reading.words))[:14]:
+        (prompt,) = denoiser.encode([text], together=True)
+        place = len(text[: text.index(word) + len(word)].split())  # behind the start token
+        expected = prompt.tokens[[place, 1 + len(text.split())]]
+        torch.testing.assert_close(found.rows[number], expected, rtol=1e-2, atol=1e-2)
+
+
+def test_rows_of_witnesses_count_for_the_padding_that_was_left_out():
+    class LongToy(ToyDenoiser):
+        def token_ids(self, prompts):
+            return [[*ids, *[1] * 28] for ids in super().token_ids(prompts)]
+
+    for toy, rows, counts in (
+        (LongToy(), WITNESS_ROWS, [1.0] * (WITNESS_ROWS - 1) + [TOKENS + 28 - WITNESS_ROWS + 1.0]),
+        (ToyDenoiser(), TOKENS, [1.0] * TOKENS),
+    ):
+        found = end_of(read_language(toy, choose_reading(toy, CAPTIONS, "object"))).witnesses
+        assert found.rows.shape == (WITNESSES, rows, WIDTH)
+        assert found.counts.tolist() == counts
+
+
+@pytest.mark.parametrize("toy", [ToyDenoiser, RaggedToy])
+def test_what_is_kept_can_be_written_to_a_file(toy, tmp_path):
+    denoiser, cache = toy(), {}
+    end_of(read_language(denoiser, choose_reading(denoiser, CAPTIONS, "object"), cache))
+    for key, rows in cache.items():
+        write_safetensors(tmp_path / key, {"moment": rows}, {})
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_rows_of_witnesses_count_once_where_nothing_is_padded():
+    toy = RaggedToy()
+    reading = choose_reading(toy, CAPTIONS, "object")
+    found = end_of(read_language(toy, reading)).witnesses
+    assert found.counts.tolist() == [1.0] * 7  # start a photo of a word end
+    for (_, text), rows in zip(reading.witnesses[:5], found.rows[:5], strict=True):
+        (prompt,) = toy.encode([text])
+        assert len(prompt.tokens) in (6, 7)  # plurals have no article
+        torch.testing.assert_close(rows[: len(prompt.tokens)], prompt.tokens, rtol=1e-2, atol=1e-2)
+        assert not rows[len(prompt.tokens) :].any()
+
+
+def test_the_moment_of_pooled_vectors_is_their_mean():
+    toy, cache, prompts = RaggedToy(), {}, plain_captions(60)
+    found = end_of(pooled_moment(toy, prompts, cache))
+    rows = torch.stack([prompt.pooled for prompt in toy.encode(prompts)]).double()
+    torch.testing.assert_close(found, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+    named = naming(prompts, ["woman"])
+    assert named
+    rest = [text for text in prompts if text not in named]
+    rows = torch.stack([prompt.pooled for prompt in toy.encode(rest)]).double()
+    toy.asked.clear()
+    found = end_of(pooled_moment(toy, prompts, cache, ["woman"]))
+    torch.testing.assert_close(found, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+    assert toy.asked[4:] == named
+    (key,) = cache
+    assert key.endswith("-pooled")
+    cache[key] = cache[key] * float("nan")
+    assert end_of(pooled_moment(toy, prompts, cache)).isfinite().all()
+
+
+def test_a_shrunk_moment_has_a_share_that_is_alike_in_all_directions():
+    rows = torch.randn(5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    moment = rows.T @ rows / 5
+    found, sizes = shrunk(moment), torch.linalg.eigvalsh(moment)
+    assert float(found.trace()) == pytest.approx(float(moment.trace()))
+    expected = (1 - SHRINKAGE) * sizes + SHRINKAGE * sizes.mean()
+    torch.testing.assert_close(torch.linalg.eigvalsh(found), expected)
+    assert torch.equal(shrunk(moment, 0.0), moment)
