@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV_PYTHON = build/venv/bin/python
 
-.PHONY: setup demo test lint bench bench-ablations bench-quick bench-step clean
+.PHONY: setup demo test lint bench bench-ablations bench-quick bench-step bench-unnamed clean
 
 setup:
 	$(PYTHON) -m tools setup
@@ -31,6 +31,11 @@ bench-ablations: setup
 	$(VENV_PYTHON) -m benchmarks.erasure.ablations --steps 10
 	$(VENV_PYTHON) -m benchmarks.erasure.ablations --steps 10 --instant protection rank templates target captions subspace
 	$(VENV_PYTHON) -m benchmarks.erasure.ablation_tables
+
+# What nobody named, on both small models. Hours on two cores; goes on where it stopped.
+bench-unnamed: setup
+	$(VENV_PYTHON) -m benchmarks.unnamed.run --processes 2
+	$(VENV_PYTHON) -m benchmarks.unnamed.report
 
 bench-quick: setup
 	$(VENV_PYTHON) -m benchmarks.erasure.run --quick --steps 10 --threads 2 --results build/erasure/quick.jsonl

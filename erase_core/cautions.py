@@ -18,10 +18,17 @@ WORSE = "worse"
 def harm_grade(measures: Mapping[str, Any], others: Mapping[str, Any] | None) -> str:
     """ "ruin", "harm" or "": how much of what nobody named changes, by the worse of two figures."""
     changed = others["change"] if others else 0.0
-    guidance = 0.0 if measures.get("unnamed_of") != "guidance" else measures["unnamed_drift"]
+    guidance = guidance_change(measures) or 0.0
     if changed > RUIN or guidance > GUIDANCE_RUIN:
         return "ruin"
     return "harm" if changed > HARM or guidance > GUIDANCE_HARM else ""
+
+
+def guidance_change(measures: Mapping[str, Any]) -> float | None:
+    """How far the guidance of unnamed words changes; None where nothing was predicted."""
+    if measures.get("unnamed_of") != "guidance":
+        return None
+    return measures.get("unnamed_guidance", measures["unnamed_drift"])
 
 
 def harm_warnings(
@@ -34,8 +41,9 @@ def harm_warnings(
     figures = []
     if others:
         figures.append(f"their keys and values by {others['change']:.0%} on average")
-    if measures.get("unnamed_of") == "guidance":
-        figures.append(f"their guidance by {measures['unnamed_drift']:.0%}")
+    guidance = guidance_change(measures)
+    if guidance is not None:
+        figures.append(f"their guidance by {guidance:.0%}")
     words = ", ".join(f"{one['text']} {one['drift']:.0%}" for one in _worst(measures, others))
     what = "is ruined for" if grade == "ruin" else "suffers in"
     return [

@@ -150,6 +150,12 @@ def erase(
     collateral = others.report(edit, prompts.subjects) if others else None
     if collateral and held_out is None:
         measures |= {"unnamed": collateral["words"], "unnamed_drift": collateral["change"]}
+    elif collateral:
+        # The worse of both. At states of the concept's own pictures another word's guidance is
+        # large, and its change looks small beside it.
+        guidance = measures["unnamed_drift"]
+        worse = max(guidance, collateral["change"])
+        measures |= {"unnamed_guidance": guidance, "unnamed_drift": worse}
     unknown = language.unknown if language else 0.0
     record = run.record(prompts, exact, choice, edit, measures, collateral, unknown)
     erasure = Erasure.from_edit(edit, record)

@@ -159,6 +159,8 @@ def _amiss_together(record: Mapping[str, Any], rank: int) -> Iterator[str]:
     yield from _amiss(record.get("others"), _OTHERS, "others")
     yield from _amiss(record.get("training", ""), str, "training")
     yield from _amiss(measures.get("unnamed_of", ""), str, "measures.unnamed_of")
+    guidance = measures.get("unnamed_guidance", 0.0)
+    yield from _amiss(guidance, _NUMBER, "measures.unnamed_guidance")
     yield from _amiss(record.get("pooled_left_out", False), bool, "pooled_left_out")
     left = (measures["pooled"] or {}).get("left")
     yield from _amiss(left, _OrNone(_NUMBER), "measures.pooled.left")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .cautions import harm_grade
+from .cautions import guidance_change, harm_grade
 from .checks import GUIDANCE, PREDICTION
 from .families import by_name
 from .formats import concept_list
@@ -145,11 +145,14 @@ def _unnamed(record: Mapping[str, Any]) -> str:
     measures, others = record["measures"], record.get("others")
     drift, count = _share(measures["unnamed_drift"]), len(measures["unnamed"])
     what = measures.get("unnamed_of", measures["drift_of"])
+    if what == GUIDANCE and others:
+        guidance = _share(guidance_change(measures) or 0.0)
+        return (
+            f"Words nobody named change by {drift}: their guidance by {guidance} on average of "
+            f"{count}, their keys and values by {_share(others['change'])}."
+        )
     if what == GUIDANCE:
-        line = f"Words nobody named: their guidance changes by {drift} on average of {count}"
-        if others:
-            line += f", their keys and values by {_share(others['change'])}"
-        return f"{line}."
+        return f"Words nobody named: their guidance changes by {drift} on average of {count}."
     of = "" if what == PREDICTION else " of keys and values"
     return f"Prompts nobody named: drift{of} {drift} on average of {count}."
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.erasure.cases import TUNED
-from benchmarks.erasure.methods import METHODS, esd, ileco, leco, ours, speed, uce
+from benchmarks.erasure.methods import METHODS, cure, esd, ileco, leco, oce, ours, rece, speed, uce
 from benchmarks.erasure.methods.base import Method
 from benchmarks.erasure.results import RESULTS
 
@@ -34,6 +34,12 @@ GRIDS: dict[str, Sequence[Mapping[str, Any]]] = {
     "uce-phrased": ({"ridge": 0.5}, {"ridge": 5.0}, {"ridge": 50.0}),
     "speed-phrased": ({"threshold": 0.1}, {"threshold": 0.01}),
     "leco": (*leco.GRID, {**leco.SHORT, "rate": 1e-2}),
+    "oce": oce.GRID,
+    "oce-phrased": oce.PHRASED_GRID,
+    "cure": cure.GRID,
+    "cure-phrased": cure.PHRASED_GRID,
+    "rece": rece.GRID,
+    "rece-phrased": rece.PHRASED_GRID,
     "ours/instant": ours.CLOSED_GRID,
     "ours/balanced": ours.TRAINED_GRID,
     "ours/balanced-soft": ours.TRAINED_GRID,

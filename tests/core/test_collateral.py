@@ -190,10 +190,12 @@ def test_a_sampled_run_measures_the_guidance_of_words_that_nobody_named():
     record = finished(ToyDenoiser(), "balanced", **small).record
     measures = record["measures"]
     assert measures["unnamed_of"] == "guidance" and len(measures["unnamed"]) == 16
+    figures = measures["unnamed_guidance"], record["others"]["change"]
+    assert measures["unnamed_drift"] == max(figures)
     held_out = {entry["text"] for entry in record["others"]["words"]}
     assert all(any(word in entry["text"] for word in held_out) for entry in measures["unnamed"])
     text = report_text(record)
-    assert "Words nobody named: their guidance changes by " in text
+    assert "Words nobody named change by " in text and ": their guidance by " in text
 
 
 class NarrowToy(ToyDenoiser):
