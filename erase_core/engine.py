@@ -122,6 +122,11 @@ def erase(
         words = language.witnesses.without(run.spoken).telling().texts
     unnamed = _unnamed(run, reading, words)
     readers = {name: run.matrices[name] for name in _readers(run.matrices, denoiser.family)}
+    # Where it isn't certain that anything trains, the states to train on are sampled when it is.
+    solved = bool(readers) and settings.warm_start
+    states = None
+    if settings.steps and not (solved and settings.trial_steps):
+        states = yield from run.all_training_states(prompts, None)
     held_out = yield from run.held_out_states(prompts)
     choice, pooled, others = None, _pooled_edit(run, prompts, exact, vectors), None
     ridges: list[Ridge] = []
@@ -141,7 +146,8 @@ def erase(
     stays = by_name(denoiser.family).pooled_matrix if vectors is not None and not pooled else ""
     matrices = {name: weight for name, weight in run.matrices.items() if name != stays}
     start = _start(settings, choice.solution if choice else None, pooled, matrices)
-    edit = yield from _trained(run, prompts, start, choice, ridges, held_out, others, should_stop)
+    states = states, held_out
+    edit = yield from _trained(run, prompts, start, choice, ridges, states, others, should_stop)
     checks = Checks(settings, run.denoiser, prompts, run.matrices, run.generator)
     known = choice.movement if choice and edit is start else None
     run.only_checks_left(held_out, known is not None)
@@ -170,7 +176,7 @@ def _trained(
     start: LowRankEdit,
     choice: Choice | None,
     ridges: list[Ridge],
-    held_out: States | None,
+    sampled: tuple[States | None, States | None],
     others: Others | None,
     should_stop: Callable[[], bool],
 ) -> Iterator[Progress]:
@@ -179,12 +185,14 @@ def _trained(
     A closed form that moves the guidance far enough is left as it is. One that doesn't is tried
     with a few steps on a few states first: on the models that this was measured on, more of them
     seldom helped where those didn't.
+
+    Args:
+        sampled: states to train on, where that is certain, and states to check on.
     """
-    settings = run.settings
+    settings, (states, held_out) = run.settings, sampled
     if not settings.steps:
         return start
     solved = choice is not None and settings.warm_start
-    states = None
     if solved and settings.trial_steps:
         if min(choice.moved) >= AIM:
             run.training = NOT_NEEDED

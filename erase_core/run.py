@@ -427,7 +427,7 @@ def _trajectory_counts(settings: EraseSettings) -> tuple[int, int]:
     count, concepts = settings.trajectories, len(settings.concepts)
     if not settings.steps:
         return 0, max(count, concepts)
-    held_out = max(-(-count // HELD_OUT_SHARE), concepts)
+    held_out = max(1, round(count / HELD_OUT_SHARE), concepts)
     return max(1, count - held_out), held_out
 
 
