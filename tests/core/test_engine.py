@@ -161,8 +161,8 @@ def test_training_that_ends_worse_hands_on_the_closed_form():
     assert "Training ended worse than it began" in warning and "(it is 10)" in warning
     text = report_text(record)
     assert text.startswith("Verdict: good") and warning in text
-    before, after = (one.erasure.record["measures"] for one in (start, finished))
-    assert after["moved_held_out"] == before["moved_held_out"]
+    (before,), (after,) = (one.erasure.record["concepts"] for one in (start, finished))
+    assert after["keys_and_values_moved"] == before["keys_and_values_moved"]
 
 
 def test_training_that_costs_others_too_much_is_worse(monkeypatch):
