@@ -198,23 +198,25 @@ def prepare(name: str) -> None:
     print(f"{name}: opened, read, captions: {' '.join(f'{s:.0f}' for s in seconds)} s", flush=True)
 
 
-def work(jobs: Sequence[Job], part: Path, until: float) -> None:
-    """Measure jobs one after the other, until the time has come."""
-    bench, cache = Bench(), Cache(part)
+def work(jobs: Sequence[Job], part: Path, until: float) -> bool:
+    """Measure jobs one after the other, until the time has come; whether none failed."""
+    bench, cache, failed = Bench(), Cache(part), False
     for job in jobs:
         if time.time() > until:
-            return
+            break
         if cache.get(job.of) is not None:
             continue
         began = time.monotonic()
         try:
             result = bench.run(job)
-        except Exception:  # one that fails is told of, and the others go on
+        except (ValueError, RuntimeError):  # the others go on, and the command ends as failed
             print(f"{job.world} {job.case.name} {job.method.name} failed", flush=True)
             traceback.print_exc()
+            failed = True
             continue
         cache.add(job.of, result)
         _say(job, result, time.monotonic() - began)
+    return not failed
 
 
 def _say(job: Job, result: Mapping[str, Any], seconds: float) -> None:
@@ -229,7 +231,11 @@ def _again(*arguments: str) -> subprocess.Popen[bytes]:
 
 
 def run_all(jobs: Sequence[Job], processes: int, results: Path, until: float) -> int:
-    """Share the work among processes; how many lines there are in the end."""
+    """Share the work among processes; how many lines there are in the end.
+
+    Raises:
+        SystemExit: a run failed; those that didn't are kept.
+    """
     folder = WORK / "parts" / digest(str(results.resolve()))
     parts = [folder / f"{number}.jsonl" for number in range(processes)]
     merge(results, sorted(folder.glob("*.jsonl")))
@@ -257,6 +263,8 @@ def run_all(jobs: Sequence[Job], processes: int, results: Path, until: float) ->
     finally:
         _end(workers)
         count = merge(results, parts)
+    if any(worker.returncode > 0 for worker in workers):  # below 0: ended since time was up
+        raise SystemExit("Some runs failed; see above. The others are kept.")
     return count
 
 
@@ -300,7 +308,8 @@ def main() -> None:
     if chosen.prepare:
         prepare(chosen.prepare)
     elif chosen.work:
-        work(_work_of(chosen.work), chosen.work.with_suffix(".jsonl"), chosen.until)
+        if not work(_work_of(chosen.work), chosen.work.with_suffix(".jsonl"), chosen.until):
+            raise SystemExit(1)
     else:
         until = time.time() + chosen.seconds
         jobs = all_jobs(chosen.worlds, chosen.methods, chosen.cases)
