@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from benchmarks.icons.build import WEIGHTS, packed_network
 from benchmarks.icons.classifier import COMMITTED, classify, load_judge
 from benchmarks.icons.denoiser import Encoder, IconsDenoiser, linear_layers
 from benchmarks.icons.network import STEPS, draw_noise, sample
+from benchmarks.merged import merged
 
 BATCH = 64
 
@@ -68,7 +68,7 @@ class IconsModel:
             steps: of the sampler.
         """
         parts = []
-        with self._edited(edit):
+        with merged(self._weights, edit):
             for begin in range(0, len(texts), BATCH):
                 part = slice(begin, begin + BATCH)
                 states = torch.stack(self.encode(texts[part]))
@@ -80,19 +80,3 @@ class IconsModel:
     def classify(self, pages: np.ndarray) -> tuple[list[str], list[str]]:
         """Names of the things (or "nothing") and styles in pictures uint8 (n, 64, 64, 3)."""
         return classify(self._judge, pages)
-
-    @contextmanager
-    def _edited(self, edit: LowRankEdit | None) -> Iterator[None]:
-        """The edit in the weights that are drawn with; afterwards they are what they were."""
-        factors = {} if edit is None else edit.factors
-        before = {name: self._weights[name].clone() for name in factors}
-        try:
-            with torch.no_grad():
-                for name, factor in factors.items():
-                    change = factor.float() @ edit.bases[name].float().T
-                    self._weights[name].add_(change)
-            yield
-        finally:
-            with torch.no_grad():
-                for name, weight in before.items():
-                    self._weights[name].copy_(weight)

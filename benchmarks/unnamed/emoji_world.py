@@ -80,9 +80,8 @@ class EmojiWorld:
         stops: Sequence[int],
         edit: LowRankEdit | None = None,
     ) -> Tensor:
-        given = self.encode(texts), self.encode([""])[0]
-        at = zip(states, stops, strict=True)
-        return torch.stack([self._sampler.guidance(x, stop, *given, edit) for x, stop in at])
+        prompts, null = self.encode(texts), self.encode([""])[0]
+        return self._sampler.guidance(states, stops, prompts, null, edit)
 
     def vocabulary(self) -> list[str]:
         with self.denoiser() as denoiser:

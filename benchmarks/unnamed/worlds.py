@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from concept_surgery.erase_core.denoiser import LowRankEdit
 from torch import Tensor
+
+from benchmarks.merged import merged
 
 STEPS, GUIDANCE = 10, 4.0
 AT_ONCE = 128  # pictures that are drawn together on a GPU
@@ -134,23 +136,6 @@ class Sampler:
         self._weights, self._levels = weights, list(levels)
         self._predict, self._device = predict, device
 
-    @contextmanager
-    def edited(self, edit: LowRankEdit | None) -> Iterator[None]:
-        """The edit in the weights; afterwards they are what they were."""
-        factors = {} if edit is None else edit.factors
-        before = {name: self._weights[name].clone() for name in factors}
-        try:
-            with torch.no_grad():
-                for name, factor in factors.items():
-                    basis = edit.bases[name].to(self._device, torch.float32)
-                    change = factor.to(self._device, torch.float32) @ basis.T
-                    self._weights[name].add_(change)
-            yield
-        finally:
-            with torch.no_grad():
-                for name, weight in before.items():
-                    self._weights[name].copy_(weight)
-
     @torch.no_grad()
     def way(
         self, noise: Tensor, prompts: Tensor, null: Tensor, edit: LowRankEdit | None = None
@@ -162,7 +147,7 @@ class Sampler:
             null: of the empty prompt, (tokens, width).
         """
         parts = []
-        with self.edited(edit):
+        with merged(self._weights, edit):
             for x, given in zip(noise.split(AT_ONCE), prompts.split(AT_ONCE), strict=True):
                 stops = [x.to(self._device)]
                 for number, (now, after) in enumerate(
@@ -176,15 +161,29 @@ class Sampler:
 
     @torch.no_grad()
     def guidance(
-        self, x: Tensor, number: int, prompts: Tensor, null: Tensor, edit: LowRankEdit | None
+        self,
+        states: Tensor,
+        stops: Sequence[int],
+        prompts: Tensor,
+        null: Tensor,
+        edit: LowRankEdit | None,
     ) -> Tensor:
-        """``g`` (n, c, h, w) at the noise level of that number."""
-        with self.edited(edit):
-            parts = [
-                self._both(now.to(self._device), number, given, null)
-                for now, given in zip(x.split(AT_ONCE), prompts.split(AT_ONCE), strict=True)
+        """``g`` (s, n, c, h, w) at states of that shape, each at the noise level of its stop."""
+        with merged(self._weights, edit):
+            found = [
+                torch.cat(
+                    [
+                        self._term(now.to(self._device), stop, given, null)
+                        for now, given in zip(x.split(AT_ONCE), prompts.split(AT_ONCE), strict=True)
+                    ]
+                )
+                for x, stop in zip(states, stops, strict=True)
             ]
-        return torch.cat([towards - plain for towards, plain in parts]).cpu()
+        return torch.stack(found).cpu()
+
+    def _term(self, x: Tensor, number: int, prompts: Tensor, null: Tensor) -> Tensor:
+        towards, plain = self._both(x, number, prompts, null)
+        return towards - plain
 
     def _both(self, x: Tensor, number: int, prompts: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:
         asked = torch.cat([prompts, null.expand(len(x), -1, -1)]).to(self._device)

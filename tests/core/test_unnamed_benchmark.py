@@ -188,7 +188,8 @@ class TestSampler:
     def test_guidance_is_the_difference(self):
         sampler, _ = self.sampler()
         prompts, null = torch.tensor([3.0]).view(1, 1, 1), torch.ones(1, 1)
-        assert float(sampler.guidance(torch.zeros(1, 1, 1, 1), 0, prompts, null, None)) == 2.0
+        found = sampler.guidance(torch.zeros(1, 1, 1, 1, 1), [0], prompts, null, None)
+        assert float(found) == 2.0
 
 
 class PaddedDenoiser:
