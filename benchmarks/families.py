@@ -24,7 +24,7 @@ import torch  # noqa: E402
 from concept_surgery.erase_core.engine import PLAIN_CAPTIONS  # noqa: E402
 from concept_surgery.erase_core.formats import kohya_tensors  # noqa: E402
 from concept_surgery.erase_core.layers import reads_prompt  # noqa: E402
-from concept_surgery.erase_core.run import planned_cost  # noqa: E402
+from concept_surgery.erase_core.plan import planned_cost  # noqa: E402
 from concept_surgery.erase_core.settings import EraseSettings, preset_settings  # noqa: E402
 from concept_surgery.nodes.families import model_family  # noqa: E402
 from concept_surgery.nodes.matrices import trained_keys  # noqa: E402

@@ -7,12 +7,12 @@ from typing import Any
 
 from .language import MOSTLY_UNKNOWN
 from .protection import HARM, RUIN
+from .record import WORSE
 from .settings import EraseSettings
 
-# Of the guidance, which keys and values change by more than themselves.
+# The same for the guidance, which changes by more than keys and values do.
 GUIDANCE_HARM, GUIDANCE_RUIN = 0.4, 1.0
 WORST = 3
-WORSE = "worse"
 
 
 def harm_grade(measures: Mapping[str, Any], others: Mapping[str, Any] | None) -> str:

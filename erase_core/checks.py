@@ -177,7 +177,7 @@ class Checks:
             ],
             "unnamed_of": KEYS_AND_VALUES if checked is None else GUIDANCE,
             "unnamed": _with_texts(unnamed, others),
-            "unnamed_drift": sum(others) / len(others),
+            "unnamed_drift": sum(others) / max(1, len(others)),
         }
 
     def _unnamed(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cautions import WORSE
 from .checks import UNNAMED_PROMPTS, Checks
 from .closed_form import ClosedForm, EditRegression
 from .collateral import Others
@@ -28,10 +27,11 @@ from .language import (
     spread,
 )
 from .layers import reads_prompt
+from .plan import TRIAL_TRAJECTORIES
 from .pooled import POOLED_PROMPTS, POOLED_SHRINKAGE, PooledEdit, as_tokens, solve_pooled
 from .protection import AIM, LEAST_MOVED, RUIN, Choice
-from .record import VERSION
-from .run import NO_HELP, NOT_NEEDED, TRAINED, TRIAL_TRAJECTORIES, Progress, Run
+from .record import NOT_NEEDED, TRAINED, VERSION, WORSE
+from .run import Progress, Run
 from .settings import EraseSettings, SettingsError
 from .states import States
 from .subspace import ExactSet, KeptPrompt, SubspaceError, exact_set
@@ -120,7 +120,8 @@ def erase(
     words = [word for word, _ in reading.witnesses]
     if language:
         words = language.witnesses.without(run.spoken).telling().texts
-    unnamed = _unnamed(run, reading, words)
+    # Without predictions the rows that were read will do.
+    unnamed = _unnamed(run, reading, words) if settings.samples or not language else {}
     readers = {name: run.matrices[name] for name in _readers(run.matrices, denoiser.family)}
     # Where it isn't certain that anything trains, the states to train on are sampled when it is.
     solved = bool(readers) and settings.warm_start
@@ -198,11 +199,9 @@ def _trained(
             run.training = NOT_NEEDED
             return start
         states = yield from run.training_states(prompts, TRIAL_TRAJECTORIES)
-        helps = yield from run.try_training(
-            _trainer(run, prompts, start, choice, ridges, states, None), prompts, held_out, choice
-        )
+        trial = _trainer(run, prompts, start, choice, ridges, states, None)
+        helps = yield from run.try_training(trial, prompts, held_out, choice, should_stop)
         if not helps:
-            run.training = NO_HELP
             return start
     states = yield from run.all_training_states(prompts, states)
     kept_states = yield from run.kept_states(prompts)

@@ -7,6 +7,11 @@ from typing import Any
 
 VERSION = "0.7.0"
 
+# What became of the training: there was none, the closed form moved far enough, a few steps didn't
+# help, the caller stopped those, it was run, or it ended worse than it began.
+NO_TRAINING, NOT_NEEDED, NO_HELP = "none", "not needed", "no help"
+STOPPED, TRAINED, WORSE = "stopped", "trained", "worse"
+
 _NUMBER = (int, float)
 _TEXTS_WITH_DRIFT = [{"text": str, "drift": _NUMBER}]
 _MOVED = {"overall": _NUMBER}

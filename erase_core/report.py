@@ -9,16 +9,15 @@ from .cautions import guidance_change, harm_grade
 from .checks import GUIDANCE, PREDICTION
 from .families import by_name
 from .formats import concept_list
+from .record import NO_HELP, NOT_NEEDED
 
 # Below this share of the way traces may remain.
 TRACES = 0.8
 WORDS_SHOWN = 8
 # What became of the training, where it wasn't run to its end.
 _TRAINING = {
-    "not needed": (
-        "Not trained: the closed form moves the guidance far enough on held-out states.",
-    ),
-    "no help": (
+    NOT_NEEDED: ("Not trained: the closed form moves the guidance far enough on held-out states.",),
+    NO_HELP: (
         "Not trained further: a few steps brought nothing on held-out states, so the closed form "
         "stays.",
     ),

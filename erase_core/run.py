@@ -1,4 +1,4 @@
-"""The stages of one run, what they cost, and the record of it."""
+"""The stages of one run, and the record of it."""
 
 from __future__ import annotations
 
@@ -15,40 +15,26 @@ import torch
 from torch import Tensor
 
 from .activations import Recompute
-from .cautions import WORSE, harm_warnings, training_warnings, unknown_warnings
-from .checks import checked_states, planned_checks, spread_over
+from .cautions import harm_warnings, training_warnings, unknown_warnings
+from .checks import checked_states, spread_over
 from .closed_form import ClosedForm, EditRegression
 from .collateral import Others
 from .denoiser import Denoiser, LowRankEdit
 from .encoded import EncodedPrompts
 from .fingerprint import fingerprint
 from .language import Reading, pooled_moment, read_language
-from .measure import PLAIN_GRADIENT, CountedDenoiser, movement_on
+from .measure import CountedDenoiser, movement_on
+from .plan import STOP_EVERY, STOP_STATES, planned_cost, trajectory_counts, tried_states
 from .pooled import PooledEdit
 from .prompts import prompt_warnings
-from .protection import HARM, LEAST_GAIN, MOST_TRIES, RIDGES, Choice, strongest_that_moves
-from .record import VERSION
+from .protection import HARM, LEAST_GAIN, RIDGES, Choice, strongest_that_moves
+from .record import NO_HELP, NO_TRAINING, STOPPED, TRAINED, VERSION, WORSE
 from .settings import EraseSettings
 from .states import Sampling, States, Trajectories, draw_pairs, sample_states
 from .subspace import ExactSet
 from .trainer import DivergedError, SurgeryTrainer, TrainingError
 
 READING = "Reading ordinary language, {0[0]} of {0[1]} prompts"
-# States on which a protection is tried, and the early stop is decided: few, since they are only
-# compared with each other.
-TRIED_STATES = 12
-HELD_OUT_SHARE = 5  # of the trajectories, one in so many is to check on
-# Trajectories, for each concept, on which it is tried whether training helps.
-TRIAL_TRAJECTORIES = 2
-STOP_STATES = 6
-STOP_EVERY = 10
-# One image forward, to count what its backward needs; then forward and backward, and forward at
-# both ends of a difference.
-CHECKED_GRADIENT = 6
-
-
-# What became of the training.
-TRAINED, NOT_NEEDED, NO_HELP, NONE = "trained", "not needed", "no help", "none"
 
 
 @dataclass(frozen=True)
@@ -76,7 +62,7 @@ class Run:
         self.denoiser = CountedDenoiser(denoiser)
         self.losses: list[float] = []
         self.converged = False
-        self.training = NONE
+        self.training = NO_TRAINING
         self.gradient_apart: float | None = None
         self.memory: dict[str, Any] | None = None
         self.ended_by = ""  # what ended training before its time, in words
@@ -130,14 +116,14 @@ class Run:
         """States to check on; None where nothing is sampled."""
         if not self.settings.samples:
             return None
-        _, checking = _trajectory_counts(self.settings)
+        _, checking = trajectory_counts(self.settings)
         states = yield from self._pairs(prompts, checking, "Sampling states to check on")
         _refuse_if_nothing_to_move(self.settings, states)
         return states
 
     def training_states(self, prompts: EncodedPrompts, count: int) -> Iterator[Progress]:
         """States to train on, from ``count`` trajectories for each concept."""
-        most, _ = _trajectory_counts(self.settings)
+        most, _ = trajectory_counts(self.settings)
         count = min(most, count * len(self.settings.concepts))
         return (yield from self._pairs(prompts, count, "Sampling states"))
 
@@ -145,7 +131,7 @@ class Run:
         self, prompts: EncodedPrompts, sampled: States | None
     ) -> Iterator[Progress]:
         """All states to train on, those among them that are sampled already."""
-        most, _ = _trajectory_counts(self.settings)
+        most, _ = trajectory_counts(self.settings)
         if sampled is not None:
             most -= len(sampled) // self.settings.sampling_steps
         if not most:
@@ -200,12 +186,25 @@ class Run:
         prompts: EncodedPrompts,
         held_out: States,
         choice: Choice,
+        should_stop: Callable[[], bool],
     ) -> Iterator[Progress]:
-        """Whether a few steps bring the concept that moves least nearer on held-out states."""
+        """Whether a few steps bring the concept that moves least nearer on held-out states.
+
+        Steps that diverge don't help. What came of it stands in the record.
+        """
         yield from self.check_gradient(trainer)
         before = self.denoiser.forward_equivalents
-        for number, _ in enumerate(islice(trainer.run(), self.settings.trial_steps), start=1):
-            yield self.progress(f"Trying whether training helps, step {number}")
+        self.training = NO_HELP
+        steps, number = islice(trainer.run(should_stop), self.settings.trial_steps), 0
+        try:
+            for number, _ in enumerate(steps, start=1):
+                yield self.progress(f"Trying whether training helps, step {number}")
+        except DivergedError as error:
+            self.ended_by = str(error)
+            return False
+        if number < self.settings.trial_steps:
+            self.training = STOPPED
+            return False
         after = yield from self._follow(
             self._tried(trainer.result(), prompts, held_out), "Trying whether training helps"
         )
@@ -301,7 +300,7 @@ class Run:
             unknown: share of the plain captions that the text encoder doesn't know.
         """
         settings, steps = self.settings, len(self.losses)
-        trained = self.training in (TRAINED, WORSE)
+        trained = self.training in (TRAINED, WORSE, STOPPED)
         solution = choice.solution if choice else None
         values = [*edit.factors.values()]
         values += edit.bases.values() if settings.form == "soft" else []
@@ -386,54 +385,6 @@ class Run:
             except StopIteration as end:
                 return end.value
             yield self.progress(stage.format(item))
-
-
-def planned_cost(
-    settings: EraseSettings, pooled: bool, plain: int = 0, with_gradient: int = PLAIN_GRADIENT
-) -> dict[str, int]:
-    """Forward-equivalents of a run by stage, at most.
-
-    Args:
-        pooled: whether the model takes pooled vectors.
-        plain: how many plain captions are held like keep prompts, instead of a protection.
-        with_gradient: of a prediction in training; checkpointing makes it more.
-    """
-    if not settings.samples:
-        return {}
-    training, held_out = _trajectory_counts(settings)
-    soft = settings.form == "soft"
-    kept = len(settings.keep) + len(settings.negative_prompts) + plain if soft else 0
-    concepts = len(settings.concepts)
-    tried = 0 if plain else tried_states(settings)
-    trial = settings.trial_steps if settings.steps and not plain else 0
-    stops = settings.steps // STOP_EVERY if settings.stop_below else 0
-    images = 1 + soft + bool(kept)
-    compared = tried if settings.steps and not soft else 0
-    return {
-        "pool": (3 * (training + held_out) + 2 * kept) * settings.sampling_steps,
-        "protection": tried * (MOST_TRIES if settings.protection is None else 1),
-        "gradient": CHECKED_GRADIENT * images * (1 + bool(trial)) if settings.steps else 0,
-        "trial": with_gradient * trial * settings.batch + tried if trial else 0,
-        "training": with_gradient * settings.steps * settings.batch * images
-        + stops * STOP_STATES * concepts
-        + compared,
-        "checks": planned_checks(settings, held_out, pooled),
-    }
-
-
-def _trajectory_counts(settings: EraseSettings) -> tuple[int, int]:
-    """How many trajectories to train on and to check on; without training all are to check."""
-    # Each concept is checked on at least one.
-    count, concepts = settings.trajectories, len(settings.concepts)
-    if not settings.steps:
-        return 0, max(count, concepts)
-    held_out = max(1, round(count / HELD_OUT_SHARE), concepts)
-    return max(1, count - held_out), held_out
-
-
-def tried_states(settings: EraseSettings) -> int:
-    """How many held-out states a protection is tried on."""
-    return max(TRIED_STATES, 3 * len(settings.concepts))
 
 
 def _refuse_if_nothing_to_move(settings: EraseSettings, states: States) -> None:

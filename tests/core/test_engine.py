@@ -23,10 +23,12 @@ from concept_surgery.erase_core.collateral import Others, WordChanges
 from concept_surgery.erase_core.denoiser import Encoded
 from concept_surgery.erase_core.engine import AIM, LEAST_MOVED
 from concept_surgery.erase_core.language import plain_captions, spread
+from concept_surgery.erase_core.plan import planned_cost
 from concept_surgery.erase_core.protection import HARM
-from concept_surgery.erase_core.run import Run, planned_cost
+from concept_surgery.erase_core.run import Run
 from concept_surgery.erase_core.states import EncodedPair, draw_pairs
 from concept_surgery.erase_core.subspace import SubspaceError
+from concept_surgery.erase_core.trainer import DivergedError, SurgeryTrainer
 
 from .toy import ToyDenoiser
 
@@ -130,6 +132,24 @@ def test_balanced_stays_within_900_where_all_of_it_is_needed(monkeypatch, concep
     record = counted(concepts=concepts, keep=KEEP, negative_prompts=("mud",))
     assert record["training"] in ("trained", "worse") and record["steps_done"] == 48
     assert 800 < record["forward_equivalents"] <= 900
+
+
+def test_a_trial_that_diverges_leaves_the_closed_form(monkeypatch):
+    monkeypatch.setattr(engine, "AIM", 2.0)
+
+    def diverges(self, index):
+        raise DivergedError("The loss became nan.")
+
+    monkeypatch.setattr(SurgeryTrainer, "step", diverges)
+    record = run(**AS_PRESET)[-1].erasure.record
+    assert record["training"] == "no help" and record["complete"]
+    assert record["ended_by"] == "The loss became nan." and record["steps_done"] == 0
+
+
+def test_who_stops_during_the_trial_gets_an_erasure_that_is_not_complete(monkeypatch):
+    monkeypatch.setattr(engine, "AIM", 2.0)
+    record = run(should_stop=lambda: True, **AS_PRESET)[-1].erasure.record
+    assert record["training"] == "stopped" and record["stopped_early"] and not record["complete"]
 
 
 def test_training_states_include_those_of_the_trial(monkeypatch):

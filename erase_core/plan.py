@@ -1,0 +1,68 @@
+"""What a run will do, known before it does it: how many states, and what they cost at most."""
+
+from __future__ import annotations
+
+from .checks import planned_checks
+from .measure import PLAIN_GRADIENT
+from .protection import MOST_TRIES
+from .settings import EraseSettings
+
+# States on which a protection is tried, and the early stop is decided: few, since they are only
+# compared with each other.
+TRIED_STATES = 12
+HELD_OUT_SHARE = 5  # of the trajectories, one in so many is to check on
+# Trajectories, for each concept, on which it is tried whether training helps.
+TRIAL_TRAJECTORIES = 2
+STOP_STATES = 6
+STOP_EVERY = 10
+# One image forward, to count what its backward needs; then forward and backward, and forward at
+# both ends of a difference.
+CHECKED_GRADIENT = 6
+
+
+def planned_cost(
+    settings: EraseSettings, pooled: bool, plain: int = 0, with_gradient: int = PLAIN_GRADIENT
+) -> dict[str, int]:
+    """Forward-equivalents of a run by stage, at most.
+
+    Args:
+        pooled: whether the model takes pooled vectors.
+        plain: how many plain captions are held like keep prompts, instead of a protection.
+        with_gradient: of a prediction in training; checkpointing makes it more.
+    """
+    if not settings.samples:
+        return {}
+    training, held_out = trajectory_counts(settings)
+    soft = settings.form == "soft"
+    kept = len(settings.keep) + len(settings.negative_prompts) + plain if soft else 0
+    concepts = len(settings.concepts)
+    tried = 0 if plain else tried_states(settings)
+    trial = settings.trial_steps if settings.steps and not plain else 0
+    stops = settings.steps // STOP_EVERY if settings.stop_below else 0
+    images = 1 + soft + bool(kept)
+    compared = tried if settings.steps and not soft else 0
+    return {
+        "pool": (3 * (training + held_out) + 2 * kept) * settings.sampling_steps,
+        "protection": tried * (MOST_TRIES if settings.protection is None else 1),
+        "gradient": CHECKED_GRADIENT * images * (1 + bool(trial)) if settings.steps else 0,
+        "trial": with_gradient * trial * settings.batch + tried if trial else 0,
+        "training": with_gradient * settings.steps * settings.batch * images
+        + stops * STOP_STATES * concepts
+        + compared,
+        "checks": planned_checks(settings, held_out, pooled),
+    }
+
+
+def trajectory_counts(settings: EraseSettings) -> tuple[int, int]:
+    """How many trajectories to train on and to check on; without training all are to check."""
+    # Each concept is checked on at least one.
+    count, concepts = settings.trajectories, len(settings.concepts)
+    if not settings.steps:
+        return 0, max(count, concepts)
+    held_out = max(1, round(count / HELD_OUT_SHARE), concepts)
+    return max(1, count - held_out), held_out
+
+
+def tried_states(settings: EraseSettings) -> int:
+    """How many held-out states a protection is tried on."""
+    return max(TRIED_STATES, 3 * len(settings.concepts))
