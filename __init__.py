@@ -5,6 +5,10 @@ WEB_DIRECTORY = "./web"
 
 async def comfy_entrypoint():
     """Called by ComfyUI when it loads the pack. Nothing of the host is imported before."""
-    from .nodes import ConceptSurgeryExtension
+    from server import PromptServer
 
+    from .nodes import ConceptSurgeryExtension
+    from .nodes.refusals import install
+
+    install(getattr(PromptServer, "instance", None))
     return ConceptSurgeryExtension()

@@ -4,9 +4,10 @@ from .engine import Finished, Progress, erase
 from .erasure import Erasure, ErasureFileError
 from .gradient import GradientError
 from .report import report_text
-from .settings import KINDS, PRESETS, EraseSettings, SettingsError, preset_settings
+from .settings import PRESETS, EraseSettings, preset_settings
 from .states import PredictionError
 from .subspace import SubspaceError
+from .texts import KINDS, SettingsError
 from .trainer import TrainingError
 
 __all__ = [

@@ -32,9 +32,10 @@ from .pooled import POOLED_PROMPTS, POOLED_SHRINKAGE, PooledEdit, as_tokens, sol
 from .protection import AIM, LEAST_MOVED, RUIN, Choice
 from .record import NOT_NEEDED, TRAINED, VERSION, WORSE
 from .run import Progress, Run
-from .settings import EraseSettings, SettingsError
+from .settings import EraseSettings
 from .states import States
 from .subspace import ExactSet, KeptPrompt, SubspaceError, exact_set
+from .texts import SettingsError
 from .trainer import Pool, Ridge, SurgeryTrainer
 
 # Weight of the alternative's and the approximate keep prompts' own second moment beside that of

@@ -18,7 +18,7 @@ from . import formats
 from .denoiser import LowRankEdit
 from .families import by_name
 from .record import record_problem
-from .settings import same_text
+from .texts import same_text
 
 
 class ErasureError(ValueError):

@@ -18,6 +18,10 @@ STOP_EVERY = 10
 # One image forward, to count what its backward needs; then forward and backward, and forward at
 # both ends of a difference.
 CHECKED_GRADIENT = 6
+# From so many evaluations at the model's own size on, a person is told before they are made: more
+# than half an hour at five a second. The largest preset plans 2,000 for a concept.
+MANY_EVALUATIONS = 10_000
+PICTURE_EVALUATIONS = 40  # of 20 steps, with guidance
 
 
 def planned_cost(
@@ -66,3 +70,22 @@ def trajectory_counts(settings: EraseSettings) -> tuple[int, int]:
 def tried_states(settings: EraseSettings) -> int:
     """How many held-out states a protection is tried on."""
     return max(TRIED_STATES, 3 * len(settings.concepts))
+
+
+def cost_warning(settings: EraseSettings, planned: int, own_resolution: int) -> str:
+    """What to say before a run that takes very long; "" where it doesn't.
+
+    Args:
+        planned: forward-equivalents of the run.
+        own_resolution: side of the pictures that the model was made for, in pixels.
+    """
+    # A prediction costs as much as it has pixels, at least.
+    evaluations = planned * (settings.resolution / own_resolution) ** 2
+    if evaluations < MANY_EVALUATIONS:
+        return ""
+    return (
+        f"This run may take as long as {evaluations / PICTURE_EVALUATIONS:,.0f} pictures of 20 "
+        f"steps: {settings.steps} steps, {settings.trajectories} trajectories, "
+        f"{settings.resolution} px, {len(settings.concepts)} concepts. If you didn't mean that, "
+        "cancel it and lower them; -1 and 0 leave them to the preset."
+    )

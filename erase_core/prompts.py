@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .settings import ARROW, Concept, EraseSettings, SettingsError, same_text
+from .settings import EraseSettings
+from .texts import ARROW, Concept, SettingsError, folded, label, line_warnings
 
 
 @dataclass(frozen=True)
@@ -179,17 +180,24 @@ def _pair(settings: EraseSettings, template: Template, concept: Concept, index: 
 
 
 def prompt_warnings(settings: EraseSettings) -> list[str]:
-    """What a person should know about the texts they gave: brackets that the host reads away."""
+    """What a person should know about the texts they gave.
+
+    Lines that may have been meant as several, and brackets that the host reads away.
+    """
+    warnings = line_warnings(settings.concepts, settings.kind)
     tags = [concept for concept in settings.concepts if settings.kind_of(concept) == "tags"]
     if not tags:
-        return []
+        return warnings
     concepts = [text for c in tags for text in (c.text, c.alternative)]
     texts = [*concepts, *settings.keep, *settings.negative_prompts, *settings.templates]
     return [
-        f"The brackets in {text!r} are read as emphasis and are not part of the tag. If they "
-        f"belong to it, write {_escaped(text)!r}."
-        for text in texts
-        if _BARE_BRACKET.search(text)
+        *warnings,
+        *(
+            f"The brackets in {text!r} are read as emphasis and are not part of the tag. If they "
+            f"belong to it, write {_escaped(text)!r}."
+            for text in texts
+            if _BARE_BRACKET.search(text)
+        ),
     ]
 
 
@@ -241,17 +249,15 @@ def _escaped(text: str) -> str:
 
 
 def _refuse_contradictions(settings: EraseSettings, pairs: list[PromptPair]) -> None:
-    erased: list[tuple[str, Concept]] = [(c.text, c) for c in settings.concepts]
-    erased += [(pair.erased, settings.concepts[pair.concept]) for pair in pairs]
-    for label, prompts in (
-        ("keep", settings.keep),
-        ("negative prompts you use", settings.negative_prompts),
-    ):
-        for prompt in prompts:
-            for text, concept in erased:
-                if same_text(prompt, text):
-                    raise SettingsError(
-                        f"{prompt!r} is under '{label}' and is also a prompt for the concept "
-                        f"{concept.text!r} that is to be erased. Both can't hold: take the line "
-                        "out, or name a different concept."
-                    )
+    erased = {folded(pair.erased): settings.concepts[pair.concept] for pair in reversed(pairs)}
+    erased |= {folded(concept.text): concept for concept in settings.concepts}
+    for setting in ("keep", "negative_prompts"):
+        for prompt in getattr(settings, setting):
+            concept = erased.get(folded(prompt))
+            if concept is not None:
+                raise SettingsError(
+                    f"{prompt!r} stands under {label(setting)} and is also a prompt for the "
+                    f"concept {concept.text!r} that is to be erased. Both can't hold: take the "
+                    "line out, or name a different concept.",
+                    setting,
+                )

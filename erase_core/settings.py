@@ -9,35 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from .layers import LAYER_RULES, PROMPT_RULES
+from .texts import (
+    ARROW,
+    KINDS,
+    Concept,
+    SettingsError,
+    distinct_lines,
+    label,
+    parse_concepts,
+    plain_text,
+)
 
-KINDS = ("object", "style", "person", "tags")
 FORMS = ("hard", "soft")
 NULL_SCORES = ("frozen", "student", "detached")
 DRIVERS = ("both", "erased", "alternative")
 WEIGHTINGS = ("output", "relative", "image")
-ARROW = "=>"
-
-
-class SettingsError(ValueError):
-    """A setting that can't work. The message says what is wrong, what was given, what to do."""
-
-
-@dataclass(frozen=True)
-class Concept:
-    """One thing to erase.
-
-    Attributes:
-        text: what the model must stop drawing, as a user types it ("cat", "Van Gogh").
-        alternative: what takes its place; empty means the same prompt without the concept.
-        kind: a key of :data:`KINDS`; empty for that of the settings.
-    """
-
-    text: str
-    alternative: str = ""
-    kind: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.text} {ARROW} {self.alternative}" if self.alternative else self.text
+LEAST_TRAJECTORIES = 2  # of each concept, where anything trains
+MOST_PROMPTS = 5000  # to learn from; 100 concepts in the phrases of their kind are 1,200
 
 
 @dataclass(frozen=True)
@@ -136,9 +124,9 @@ class EraseSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "concepts", parse_concepts(self.concepts))
         for name in ("kind", "form", "layers", "null_score", "weighting", "driven_by"):
-            object.__setattr__(self, name, _text(name, getattr(self, name)))
+            object.__setattr__(self, name, plain_text(name, getattr(self, name)))
         for name in ("keep", "negative_prompts", "templates"):
-            object.__setattr__(self, name, _lines(name, getattr(self, name)))
+            object.__setattr__(self, name, distinct_lines(name, getattr(self, name)))
         self._check_choices()
         self._check_numbers()
         self._check_together()
@@ -156,40 +144,50 @@ class EraseSettings:
         for name, choices in _CHOICES:
             if getattr(self, name) not in choices:
                 raise SettingsError(
-                    f"Unknown {_label(name)} {getattr(self, name)!r}. "
-                    f"Choose one of: {', '.join(choices)}."
+                    f"Unknown {label(name)} {getattr(self, name)!r}. "
+                    f"Choose one of: {', '.join(choices)}.",
+                    name,
                 )
         if self.layers not in LAYER_RULES and "*" not in self.layers:
             raise SettingsError(
                 f"Unknown layers {self.layers!r}. Choose one of: {', '.join(LAYER_RULES)}; or give "
-                "a pattern with *, such as *_attn2_to_v."
+                "a pattern with *, such as *_attn2_to_v.",
+                "layers",
+            )
+        pairs = len(self.templates) * len(self.concepts)
+        if pairs > MOST_PROMPTS:
+            raise SettingsError(
+                f"{len(self.templates)} templates of {len(self.concepts)} concepts are {pairs:,} "
+                f"prompts to learn from, and {MOST_PROMPTS:,} are the most. Take templates out.",
+                "templates",
             )
         for template in self.templates:
             if "{}" not in template.split(ARROW)[0]:
                 raise SettingsError(
                     f"The template {template!r} has no {{}} where the concept stands. Write for "
-                    "example: a photo of {}"
+                    "example: a photo of {}",
+                    "templates",
                 )
 
     def _check_numbers(self) -> None:
         for name, low, high in _INTEGER_RANGES:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise SettingsError(f"{_label(name)} must be a whole number, not {value!r}.")
-            if not low <= value <= high:
-                raise SettingsError(_range_message(name, value, low, high))
+                raise SettingsError(f"{label(name)} must be a whole number, not {value!r}.", name)
+            _check_range(name, value, low, high)
         for name, low, high in _FLOAT_RANGES:
             value = getattr(self, name)
             if name == "protection" and value is None:
                 continue
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise SettingsError(f"{_label(name)} must be a finite number, not {value!r}.")
-            if not low <= value <= high:
-                raise SettingsError(_range_message(name, value, low, high))
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value):
+                raise SettingsError(f"{label(name)} must be a finite number, not {value!r}.", name)
+            _check_range(name, value, low, high)
         if self.resolution % 8:
             raise SettingsError(
                 f"resolution must be a multiple of 8, not {self.resolution}. "
-                f"Try {self.resolution // 8 * 8 or 8}."
+                f"Try {self.resolution // 8 * 8 or 8}.",
+                "resolution",
             )
 
     def _check_together(self) -> None:
@@ -197,17 +195,24 @@ class EraseSettings:
             raise SettingsError(
                 f"The hard form works on matrices that read the prompt and nothing else "
                 f"({', '.join(PROMPT_RULES)}), not on {self.layers!r}. Choose the soft form for "
-                "other layers."
+                "other layers.",
+                "form",
             )
         if self.form == "soft" and self.steps == 0:
             raise SettingsError(
                 "The soft form has no instant variant: it learns by training. Give it at least one "
-                "step, or choose the hard form."
+                "step, or choose the hard form.",
+                "steps",
             )
-        if self.steps and self.trajectories < 2:
+        if not self.steps:
+            return
+        needed = LEAST_TRAJECTORIES * len(self.concepts)
+        if self.trajectories < needed:
             raise SettingsError(
-                f"Training needs at least 2 trajectories, one to train on and one to check on, not "
-                f"{self.trajectories}. Raise them, or set steps to 0 for the instant form."
+                f"Training needs at least {LEAST_TRAJECTORIES} trajectories for each concept, one "
+                f"to train on and one to check on: {needed} for {len(self.concepts)}, not "
+                f"{self.trajectories}. Raise them, or set steps to 0 for the instant form.",
+                "trajectories",
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -256,7 +261,9 @@ def preset_settings(
         SettingsError: unknown preset, or a value that can't work.
     """
     if preset not in PRESETS:
-        raise SettingsError(f"Unknown preset {preset!r}. Choose one of: {', '.join(PRESETS)}.")
+        raise SettingsError(
+            f"Unknown preset {preset!r}. Choose one of: {', '.join(PRESETS)}.", "preset"
+        )
     given = {name: value for name, value in values.items() if value is not None}
     chosen = dict(PRESETS[preset])
     if "steps" in given:  # who asks for steps gets them
@@ -266,91 +273,11 @@ def preset_settings(
     chosen |= family or {}
     if distilled:
         chosen |= DISTILLED
-    one = EraseSettings(**{**chosen, **given})
-    growth = 1 + MORE_PER_CONCEPT * (len(one.concepts) - 1)
-    grown = {
-        name: math.ceil(getattr(one, name) * growth)
-        for name in ("steps", "trajectories")
-        if name not in given
-    }
-    return dataclasses.replace(one, **grown)
-
-
-def parse_concepts(given: Any, alternative: str = "") -> tuple[Concept, ...]:
-    """Concepts from text, one a line, ``cat => dog`` naming what takes its place.
-
-    Args:
-        given: text, or a sequence of texts, :class:`Concept` objects or their dictionaries.
-        alternative: what takes the place of those that name nothing themselves.
-
-    Raises:
-        SettingsError: nothing to erase, a line that can't be read, a concept named twice, of an
-            unknown kind, or one that is its own or another concept's alternative.
-    """
-    lines = given.splitlines() if isinstance(given, str) else list(given)
-    concepts = [c for c in (_concept(line, alternative) for line in lines) if c is not None]
-    if not concepts:
-        raise SettingsError(
-            "Nothing to erase: the concept is empty. Type what the model must stop drawing, "
-            "for example 'cat'."
-        )
-    for index, concept in enumerate(concepts):
-        _check_concept(concept, concepts[:index], concepts)
-    return tuple(concepts)
-
-
-def concept_names(given: Any) -> tuple[str, ...]:
-    """Names of concepts from text, one a line; of ``cat => dog`` what stands before the arrow.
-
-    Blank and repeated lines are dropped.
-
-    Raises:
-        SettingsError: a line that can't be read.
-    """
-    concepts = (_concept(line, "") for line in _lines("concept", given))
-    return _lines("concept", [concept.text for concept in concepts if concept is not None])
-
-
-def _concept(line: Any, alternative: str) -> Concept | None:
-    kind = ""
-    if isinstance(line, Mapping):
-        line = Concept(**line)
-    if isinstance(line, Concept):
-        line, kind = str(line), _text("kind", line.kind)
-    parts = [part.strip() for part in _text("concept", line).split(ARROW)]
-    if not any(parts):
-        return None
-    if len(parts) > 2 or not parts[0]:
-        raise SettingsError(
-            f"The line {line!r} can't be read. Write the concept alone, or: cat {ARROW} dog"
-        )
-    own = parts[1] if len(parts) == 2 else alternative.strip()
-    return Concept(parts[0], own, kind)
-
-
-def _check_concept(concept: Concept, before: list[Concept], every: list[Concept]) -> None:
-    if concept.kind and concept.kind not in KINDS:
-        raise SettingsError(
-            f"Unknown kind {concept.kind!r} of {concept.text!r}. Choose one of: {', '.join(KINDS)}."
-        )
-    if same_text(concept.text, concept.alternative):
-        raise SettingsError(
-            f"The concept and what replaces it are the same: {concept.text!r}. Name something "
-            "else, or leave the replacement empty to remove the concept."
-        )
-    if any(same_text(concept.text, other.text) for other in before):
-        raise SettingsError(f"{concept.text!r} is named twice. Take one of the lines out.")
-    for other in every:
-        if concept.alternative and same_text(concept.alternative, other.text):
-            raise SettingsError(
-                f"{concept.text!r} is to be replaced by {concept.alternative!r}, which is to be "
-                "erased itself. Name a replacement that stays."
-            )
-
-
-def same_text(one: str, other: str) -> bool:
-    """Whether two texts are one prompt to a text encoder that folds case and white space."""
-    return one.casefold().split() == other.casefold().split()
+    concepts = parse_concepts(given.get("concepts"))
+    growth = 1 + MORE_PER_CONCEPT * (len(concepts) - 1)
+    for name in ("steps", "trajectories"):
+        chosen[name] = math.ceil(chosen.get(name, getattr(EraseSettings, name)) * growth)
+    return EraseSettings(**{**chosen, **given, "concepts": concepts})
 
 
 _CHOICES = (
@@ -389,27 +316,8 @@ _ADVICE = {
 }
 
 
-def _label(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _range_message(name: str, value: float, low: float, high: float) -> str:
-    advice = _ADVICE.get(name, "")
-    return f"{_label(name)} must be between {low:g} and {high:g}, not {value!r}. {advice}".strip()
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise SettingsError(f"{_label(name)} must be text, not {value!r}.")
-    return value.strip()
-
-
-def _lines(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        value = value.splitlines()
-    kept: list[str] = []
-    for line in value:
-        line = _text(name, line)
-        if line and not any(same_text(line, other) for other in kept):
-            kept.append(line)
-    return tuple(kept)
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        advice = _ADVICE.get(name, "")
+        text = f"{label(name)} must be between {low:g} and {high:g}, not {value!r}. {advice}"
+        raise SettingsError(text.strip(), name)

@@ -33,14 +33,8 @@ from .language import (
 )
 from .layers import reads_prompt
 from .prompts import prompt_pairs
-from .settings import (
-    KINDS,
-    Concept,
-    EraseSettings,
-    SettingsError,
-    preset_settings,
-    same_text,
-)
+from .settings import EraseSettings, preset_settings
+from .texts import KINDS, Concept, SettingsError, same_text
 
 TAGS = "tags"
 # What a run that solves everything anew takes from the erasures: of these the largest that one of

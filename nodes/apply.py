@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import comfy.lora
 from comfy_api.v0_0_2 import io
 
-from ..erase_core import Erasure
+from ..erase_core import Erasure, SettingsError
 from ..erase_core.collateral import WordChanges
 from ..erase_core.fingerprint import fingerprint, same_fingerprint
 from ..erase_core.formats import kohya_tensors
@@ -20,6 +20,7 @@ from .families import UnsupportedModelError
 from .host import ComfyDenoiser
 from .matrices import is_base_of, known_matrices, kohya_keys, original_weights
 from .messages import show_progress_text, upstream_file, warn
+from .refusals import check_choice, refusal
 from .schema import CATEGORY, ErasureType, compatible
 from .stack import (
     ATTACHMENT,
@@ -90,6 +91,15 @@ class ApplyErasure(io.ComfyNode):
             outputs=[io.Model.Output("patched_model", display_name="MODEL")],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
+
+    @classmethod
+    def validate_inputs(cls, mode: str = MERGE) -> bool | str:
+        """Refuse an unknown mode before anything is trained for it."""
+        try:
+            check_choice("mode", mode, MODES)
+        except SettingsError as error:
+            return refusal(error, cls)
+        return True
 
     @classmethod
     def execute(

@@ -10,7 +10,9 @@ import torch
 
 from ..erase_core import EraseSettings, Finished, erase
 from ..erase_core.identity import USE_IF_THERE
+from ..erase_core.plan import cost_warning
 from ..erase_core.report import report_text
+from .families import trainable_family
 from .host import ComfyDenoiser, left_out_of_training
 from .messages import show_progress_text, upstream_file, warn
 from .results import ResultStore
@@ -42,6 +44,8 @@ def run_to_end(
     node_id = hidden.unique_id
     name = upstream_file(hidden.prompt, node_id, "model")
     results, bar = ResultStore(warn=lambda text: warn(text, node_id)), None
+    own_size = trainable_family(model).defaults.get("resolution", EraseSettings.resolution)
+    costly = ""
     images, size = 3 * settings.batch, settings.resolution
     # The host runs nodes in inference mode, where nothing can be trained.
     with torch.inference_mode(False), torch.enable_grad():
@@ -49,10 +53,14 @@ def run_to_end(
             for event in erase(settings, denoiser, LanguageStore(), results=results, reuse=reuse):
                 if isinstance(event, Finished):
                     return event
+                if not costly:
+                    costly = cost_warning(settings, event.total, own_size)
+                    if costly:
+                        warn(costly, node_id)
                 total = max(1, event.total)  # the instant form plans no evaluation at all
                 bar = bar or comfy.utils.ProgressBar(total)
                 bar.update_absolute(event.done, total)
-                show_progress_text(event.stage, event.loss, node_id)
+                show_progress_text(f"{costly} {event.stage}".strip(), event.loss, node_id)
     raise RuntimeError("The run ended without a result.")
 
 

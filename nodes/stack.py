@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..erase_core import Erasure
 from ..erase_core.collateral import WordChanges
 from ..erase_core.protection import HARM
-from ..erase_core.settings import same_text
+from ..erase_core.texts import same_text
 
 ATTACHMENT = "concept_surgery_applied"
 MERGE, EXACT = "merge", "exact"

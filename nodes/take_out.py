@@ -6,7 +6,8 @@ from comfy_api.v0_0_2 import io
 
 from ..erase_core import Erasure, SettingsError
 from ..erase_core.report import report_text
-from ..erase_core.settings import concept_names
+from ..erase_core.texts import concept_names
+from .refusals import refusal
 from .schema import CATEGORY, ErasureType, compatible
 
 
@@ -54,7 +55,7 @@ class TakeConceptsOut(io.ComfyNode):
             if concepts is not None:
                 named_concepts(concepts)
         except SettingsError as error:
-            return str(error)
+            return refusal(error, cls, "concepts")
         return True
 
     @classmethod

@@ -12,12 +12,15 @@ from ..erase_core.families import Family
 from ..erase_core.identity import REUSE, USE_IF_THERE
 from ..erase_core.layers import LAYER_RULES
 from ..erase_core.prompts import prompt_pairs
-from ..erase_core.settings import FORMS, NULL_SCORES, parse_concepts
+from ..erase_core.settings import FORMS, NULL_SCORES
+from ..erase_core.texts import SettingsError, parse_concepts
 from .families import trainable_family
+from .refusals import check_choice, refusal
 from .runs import refuse_without_clip, report_of, run_to_end
 from .schema import CATEGORY, ErasureType, compatible
 
 AS_PRESET = -1
+LINKED = "concept from a link"  # stands for a concept that isn't known yet
 AUTO = "auto"  # as the model's family says
 DISTILLED_MODEL = "distilled"
 MODEL_TYPES = ("standard", DISTILLED_MODEL)
@@ -58,32 +61,26 @@ class TrainErasure(io.ComfyNode):
         negative_prompts: str | None = None,
         kind: str | None = None,
         preset: str | None = None,
-        templates: str | None = None,
+        model_type: str | None = None,
         form: str | None = None,
         layers: str | None = None,
+        templates: str | None = None,
+        null_score: str | None = None,
         steps: int | None = None,
+        trajectories: int | None = None,
         resolution: int | None = None,
+        stored_result: str | None = None,
     ) -> bool | str:
-        """Refuse what can't work before anything runs. Linked values are checked when they come."""
-        if erase is None:
-            return True
-        given = {
-            "erase": erase,
-            "replace_with": replace_with,
-            "keep": keep,
-            "negative_prompts": negative_prompts,
-            "kind": kind,
-            "preset": preset,
-            "templates": templates,
-            "form": form,
-            "layers": layers,
-            "steps": steps,
-            "resolution": resolution,
-        }
+        """Refuse what can't work before anything runs. Linked values are checked when they come.
+
+        The host checks the range of each number that isn't named here.
+        """
+        given = {name: value for name, value in locals().items() if value is not None}
+        del given["cls"]
         try:
-            prompt_pairs(settings_from_widgets({k: v for k, v in given.items() if v is not None}))
-        except ValueError as error:
-            return str(error)
+            prompt_pairs(settings_from_widgets({"erase": LINKED, **given}))
+        except SettingsError as error:
+            return refusal(error, cls)
         return True
 
     @classmethod
@@ -108,6 +105,8 @@ def settings_from_widgets(
     Raises:
         SettingsError: a value that can't work.
     """
+    for name, choices in (("model_type", MODEL_TYPES), ("stored_result", REUSE)):
+        check_choice(name, widgets.get(name, choices[0]), choices)
     numbers = {
         name: None if widgets.get(name, AS_PRESET) == AS_PRESET else widgets[name]
         for name in (
@@ -132,7 +131,7 @@ def settings_from_widgets(
         distilled=widgets.get("model_type", MODEL_TYPES[0]) == DISTILLED_MODEL,
         family=family.defaults if family else None,
         resolution=widgets.get("resolution") or None,
-        concepts=parse_concepts(widgets["erase"], widgets.get("replace_with") or ""),
+        concepts=parse_concepts(widgets.get("erase"), widgets.get("replace_with")),
         seed=widgets.get("training_seed", 0),
         **{name: widgets.get(name) for name in as_they_are},
         **chosen,

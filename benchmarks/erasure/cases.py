@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from concept_surgery.erase_core.prompts import TEMPLATES
-from concept_surgery.erase_core.settings import Concept, parse_concepts
+from concept_surgery.erase_core.texts import Concept, parse_concepts
 
 from benchmarks.emoji.words import (
     GROUPS,

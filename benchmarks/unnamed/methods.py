@@ -19,7 +19,8 @@ from concept_surgery.erase_core.denoiser import LowRankEdit
 from concept_surgery.erase_core.language import plain_captions, spread
 from concept_surgery.erase_core.prompts import prompt_pairs
 from concept_surgery.erase_core.record import VERSION
-from concept_surgery.erase_core.settings import Concept, EraseSettings
+from concept_surgery.erase_core.settings import EraseSettings
+from concept_surgery.erase_core.texts import Concept
 from torch import Tensor
 
 from benchmarks.erasure.cases import Case as PeersCase

@@ -19,7 +19,7 @@ from concept_surgery.erase_core.prompts import (
     prompt_warnings,
     with_article,
 )
-from concept_surgery.erase_core.settings import Concept, parse_concepts
+from concept_surgery.erase_core.texts import Concept, parse_concepts
 
 
 @pytest.mark.parametrize(

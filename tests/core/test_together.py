@@ -11,7 +11,7 @@ from concept_surgery.erase_core.denoiser import LowRankEdit
 from concept_surgery.erase_core.encoded import encode_prompts
 from concept_surgery.erase_core.prompts import FILLERS, TEMPLATES, prompt_pairs, prompt_warnings
 from concept_surgery.erase_core.record import record_problem
-from concept_surgery.erase_core.settings import Concept, parse_concepts
+from concept_surgery.erase_core.texts import Concept, parse_concepts
 from concept_surgery.erase_core.together import (
     changes_together,
     kind_together,

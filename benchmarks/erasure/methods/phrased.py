@@ -14,7 +14,8 @@ from typing import Any
 
 from concept_surgery.erase_core.denoiser import Denoiser
 from concept_surgery.erase_core.prompts import prompt_pairs
-from concept_surgery.erase_core.settings import Concept, EraseSettings
+from concept_surgery.erase_core.settings import EraseSettings
+from concept_surgery.erase_core.texts import Concept
 
 from benchmarks.erasure.cases import Case
 from benchmarks.erasure.methods import ileco, speed, uce

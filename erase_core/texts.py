@@ -1,0 +1,272 @@
+"""What a person types: lines of prompts, and concepts with what takes their place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+KINDS = ("object", "style", "person", "tags")
+ARROW = "=>"
+
+# Limits that no use known to us comes near. Beyond them a text was connected by mistake, and
+# reading it would take hours.
+MOST_CONCEPTS = 100
+MOST_LINES = 500
+MOST_CHARACTERS = 5000  # of one line; CLIP reads 77 tokens at a time, some 300 characters
+
+# "cat -> dog" and the like are meant as "cat => dog". Not within an emoticon among the tags of
+# anime models, such as ":->".
+_ARROWS = re.compile(
+    r"\s*(?:=>|[⇒→➔➜➝➞⟶⟹⭢🡒]|(?<![^\s\w)\]\"'.,!?])(?:-+|=+|—|–|－|＝|~)[>＞](?![^\s\w(\[\"'.,!?#]))\s*"
+)
+# What people write where they mean that nothing takes the place.
+_NOTHING = frozenset(("none", "null", "nothing"))
+_COMMENT = re.compile(r"#(?:[\s#]|$)")
+
+
+class SettingsError(ValueError):
+    """A setting that can't work. The message says what is wrong, what was given, what to do.
+
+    Attributes:
+        setting: name of the field of :class:`settings.EraseSettings` that it is about; "" where it
+            is about none in particular.
+    """
+
+    def __init__(self, message: str, setting: str = "") -> None:
+        super().__init__(message)
+        self.setting = setting
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing to erase.
+
+    Attributes:
+        text: what the model must stop drawing, as a user types it ("cat", "Van Gogh").
+        alternative: what takes its place; empty means the same prompt without the concept.
+        kind: a key of :data:`KINDS`; empty for that of the settings.
+    """
+
+    text: str
+    alternative: str = ""
+    kind: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text} {ARROW} {self.alternative}" if self.alternative else self.text
+
+
+def parse_concepts(given: Any, alternative: Any = "") -> tuple[Concept, ...]:
+    """Concepts from text, one a line, ``cat => dog`` naming what takes its place.
+
+    Arrows of other shapes (``->``, ``→``) are read as ``=>``, "none" after one as nothing, and a
+    line that begins with ``#`` and a blank is a comment.
+
+    Args:
+        given: text, or a sequence of texts, :class:`Concept` objects or their dictionaries.
+        alternative: what takes the place of those that name nothing themselves.
+
+    Raises:
+        SettingsError: nothing to erase, a line that can't be read, a concept named twice, of an
+            unknown kind, or one that is its own or another concept's alternative.
+    """
+    alternative = _shared_alternative(alternative)
+    lines = given_lines("concepts", given)
+    concepts = [c for c in (_concept(line, alternative) for line in lines) if c is not None]
+    if not concepts:
+        raise SettingsError(
+            "Nothing to erase: the concept is empty. Type what the model must stop drawing, "
+            "for example 'cat'.",
+            "concepts",
+        )
+    if len(concepts) > MOST_CONCEPTS:
+        raise SettingsError(
+            f"At most {MOST_CONCEPTS} concepts can be erased in one run, not {len(concepts)}. "
+            "Erase the rest in further runs.",
+            "concepts",
+        )
+    _check_concepts(concepts)
+    return tuple(concepts)
+
+
+def concept_names(given: Any) -> tuple[str, ...]:
+    """Names of concepts from text, one a line; of ``cat => dog`` what stands before the arrow.
+
+    Blank and repeated lines are dropped.
+
+    Raises:
+        SettingsError: a line that can't be read.
+    """
+    concepts = (_concept(line, "") for line in given_lines("concepts", given))
+    return distinct_lines("concepts", [c.text for c in concepts if c is not None])
+
+
+def same_text(one: str, other: str) -> bool:
+    """Whether two texts are one prompt to a text encoder that folds case and white space."""
+    return folded(one) == folded(other)
+
+
+def folded(text: str) -> str:
+    """A text as an encoder that folds case and white space reads it."""
+    return " ".join(text.casefold().split())
+
+
+def plain_text(setting: str, value: Any) -> str:
+    """A text without blanks around it.
+
+    Raises:
+        SettingsError: something else than text.
+    """
+    if not isinstance(value, str):
+        raise SettingsError(f"{label(setting)} must be text, not {_shown(value)}.", setting)
+    return value.strip()
+
+
+def distinct_lines(setting: str, given: Any) -> tuple[str, ...]:
+    """The lines of a text, or the texts of a sequence, without blank, repeated and comment lines.
+
+    Raises:
+        SettingsError: too many lines, too long ones, or something else than text.
+    """
+    found: dict[str, str] = {}
+    for line in given_lines(setting, given):
+        text = plain_text(setting, line)
+        if text and not _COMMENT.match(text):
+            found.setdefault(folded(text), text)
+    return tuple(found.values())
+
+
+def given_lines(setting: str, given: Any) -> Sequence[Any]:
+    """A text as its lines; a sequence as it is; nothing for None, which an empty link gives.
+
+    Raises:
+        SettingsError: too many lines, too long ones, or neither text nor a sequence.
+    """
+    if given is None:
+        return ()
+    if isinstance(given, str):
+        given = () if given.strip() == str(None) else given.splitlines()
+    elif isinstance(given, Mapping) or not isinstance(given, Iterable):
+        raise SettingsError(f"{label(setting)} must be text, not {_shown(given)}.", setting)
+    lines = list(given)
+    if len(lines) > MOST_LINES:
+        raise SettingsError(
+            f"{label(setting)} can have {MOST_LINES} lines at most, not {len(lines)}. Take out "
+            "what isn't needed.",
+            setting,
+        )
+    for number, line in enumerate(lines, start=1):
+        if isinstance(line, str) and len(line) > MOST_CHARACTERS:
+            raise SettingsError(
+                f"Line {number} of {label(setting)} has {len(line):,} characters, and "
+                f"{MOST_CHARACTERS:,} are the most that is read. Shorten it: it begins with "
+                f"{line[:40]!r}.",
+                setting,
+            )
+    return lines
+
+
+def label(setting: str) -> str:
+    """A setting's name as people read it."""
+    return {"concepts": "concept"}.get(setting, setting.replace("_", " "))
+
+
+def line_warnings(concepts: Sequence[Concept], kind: str) -> list[str]:
+    """What a person should know who may have meant several lines, or none.
+
+    Args:
+        kind: of the concepts that name none themselves.
+    """
+    warnings = []
+    for concept in concepts:
+        several = [part.strip() for part in re.split(r"[,;|]", concept.text) if part.strip()]
+        if len(several) > 1:
+            warnings.append(
+                f"{concept.text!r} is erased as one phrase. If you mean {len(several)} concepts, "
+                f"write each on a line of its own: {', '.join(map(repr, several))}."
+            )
+        if concept.text.startswith("#") and (concept.kind or kind) != "tags":
+            warnings.append(
+                f"{concept.text!r} is erased with its #. To leave a line out, write a blank after "
+                f"the #: '# {concept.text[1:]}'."
+            )
+    return warnings
+
+
+def _shared_alternative(given: Any) -> str:
+    """What takes the place of every concept that names nothing itself."""
+    given = "" if given is None else plain_text("replace_with", given)
+    lines = given.splitlines()
+    if len(lines) > 1:
+        raise SettingsError(
+            f"replace with is one text for all concepts and has {len(lines)} lines: "
+            f"{', '.join(map(repr, lines[:3]))}. Write what replaces each concept on its own line "
+            f"under 'erase': cat {ARROW} dog",
+            "replace_with",
+        )
+    if given.startswith(ARROW):  # "=> dog" in this place can only mean "dog"
+        given = given.removeprefix(ARROW).strip()
+    if _ARROWS.search(given):
+        raise SettingsError(
+            f"replace with is {given!r}, and is to be what is drawn instead, alone. Write "
+            f"'{given}' under 'erase' if you mean a concept and what replaces it.",
+            "replace_with",
+        )
+    return "" if given.casefold() in _NOTHING else given
+
+
+def _concept(line: Any, alternative: str) -> Concept | None:
+    if isinstance(line, Mapping):
+        line = Concept(**{key: line.get(key, "") for key in ("text", "alternative", "kind")})
+    if isinstance(line, Concept):
+        texts = (line.text, line.alternative, line.kind)
+        text, own, kind = (plain_text("concepts", given) for given in texts)
+        parts = [*(part.strip() for part in text.split(ARROW)), *([own] if own else [])]
+    else:
+        text, kind = plain_text("concepts", line), ""
+        parts = [] if _COMMENT.match(text) else [part.strip() for part in _ARROWS.split(text)]
+    if not any(parts):
+        return None
+    if len(parts) > 2 or not parts[0]:
+        raise SettingsError(
+            f"The line {str(line)!r} can't be read. Write the concept alone, or: cat {ARROW} dog",
+            "concepts",
+        )
+    own = parts[1] if len(parts) == 2 else alternative
+    return Concept(parts[0], "" if own.casefold() in _NOTHING else own, kind)
+
+
+def _check_concepts(concepts: Sequence[Concept]) -> None:
+    seen: dict[str, Concept] = {}
+    for concept in concepts:
+        if concept.kind and concept.kind not in KINDS:
+            raise SettingsError(
+                f"Unknown kind {concept.kind!r} of {concept.text!r}. Choose one of: "
+                f"{', '.join(KINDS)}.",
+                "kind",
+            )
+        if same_text(concept.text, concept.alternative):
+            raise SettingsError(
+                f"The concept and what replaces it are the same: {concept.text!r}. Name something "
+                "else, or leave the replacement empty to remove the concept.",
+                "concepts",
+            )
+        if folded(concept.text) in seen:
+            raise SettingsError(
+                f"{concept.text!r} is named twice. Take one of the lines out.", "concepts"
+            )
+        seen[folded(concept.text)] = concept
+    for concept in concepts:
+        if concept.alternative and folded(concept.alternative) in seen:
+            raise SettingsError(
+                f"{concept.text!r} is to be replaced by {concept.alternative!r}, which is to be "
+                "erased itself. Name a replacement that stays.",
+                "concepts",
+            )
+
+
+def _shown(value: Any) -> str:
+    """A value of the wrong type, short enough for a sentence."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}... ({type(value).__name__})"

@@ -1,0 +1,101 @@
+"""A value that can't work is told once, at the input that it is about.
+
+A node hands one sentence to its host, which repeats it for every input that the node looks at and
+marks them all, since it can't be told which one is wrong. The answer to the front end is put right
+on its way out: of the repetitions that at the right input is left.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from typing import Any
+
+from ..erase_core import SettingsError
+from .messages import warn
+
+REMEMBERED = 256  # sentences, of graphs that are being answered
+_FAILED = "custom_validation_failed"
+# Inputs that have another name than the setting.
+_INPUTS = {"concepts": "erase", "seed": "training_seed"}
+_input_of: OrderedDict[str, str] = OrderedDict()
+
+
+def refusal(error: ValueError, node: Any, only_input: str = "") -> str:
+    """What a node's ``validate_inputs`` returns about an error, said under the node as well.
+
+    A graph of which another part is in order runs, and its front end then shows no dialog.
+
+    Args:
+        node: the class that the host calls, with its hidden values.
+        only_input: the input that it is about, where the error doesn't say.
+    """
+    setting = getattr(error, "setting", "")
+    text = str(error)
+    _input_of[text] = _INPUTS.get(setting, setting) or only_input
+    while len(_input_of) > REMEMBERED:
+        _input_of.popitem(last=False)
+    hidden = getattr(node, "hidden", None)
+    warn(text, hidden.unique_id if hidden else None)
+    return text
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a choice that isn't there, which some hosts let through.
+
+    Raises:
+        SettingsError: another value.
+    """
+    if value not in choices:
+        raise SettingsError(
+            f"Unknown {name.replace('_', ' ')} {value!r}. Choose one of: {', '.join(choices)}.",
+            name,
+        )
+
+
+def told_once(answer: bytes) -> bytes:
+    """The host's answer to a graph, with each of our sentences once.
+
+    Args:
+        answer: JSON as the host sends it; returned as it is if none of our sentences is in it.
+    """
+    if _FAILED.encode() not in answer:
+        return answer
+    try:
+        content = json.loads(answer)
+        nodes = content["node_errors"].values()
+    except (ValueError, KeyError, TypeError, AttributeError):  # the answer of another route
+        return answer
+    for node in nodes:
+        node["errors"] = _at_their_inputs(node["errors"])
+    return json.dumps(content).encode()
+
+
+def install(server: Any) -> None:
+    """Put the answers of a running host right; without it sentences are repeated."""
+    from aiohttp import web
+
+    @web.middleware
+    async def once(request: web.Request, handler: Any) -> web.StreamResponse:
+        response = await handler(request)
+        if request.method == "POST" and request.path.endswith("/prompt"):
+            if isinstance(response, web.Response) and isinstance(response.body, bytes):
+                response.body = told_once(response.body)
+        return response
+
+    app = getattr(server, "app", None)
+    if app is not None and not app.frozen:
+        app.middlewares.append(once)
+
+
+def _at_their_inputs(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Errors of one node; of each of our sentences the one at its input, else the first."""
+    kept: dict[Any, dict[str, Any]] = {}
+    for number, error in enumerate(errors):
+        name = error.get("extra_info", {}).get("input_name", "")
+        text = error.get("details", "").removeprefix(f"{name} - ")
+        ours = error.get("type") == _FAILED and text in _input_of
+        key = text if ours else number
+        if key not in kept or name == _input_of.get(text):
+            kept[key] = error
+    return list(kept.values())
