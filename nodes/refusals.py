@@ -40,13 +40,13 @@ def refusal(error: ValueError, node: Any, only_input: str = "") -> str:
     return text
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Refuse a choice that isn't there, which some hosts let through.
 
     Raises:
         SettingsError: another value.
     """
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise SettingsError(
             f"Unknown {name.replace('_', ' ')} {value!r}. Choose one of: {', '.join(choices)}.",
             name,

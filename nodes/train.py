@@ -108,7 +108,7 @@ def settings_from_widgets(
     for name, choices in (("model_type", MODEL_TYPES), ("stored_result", REUSE)):
         check_choice(name, widgets.get(name, choices[0]), choices)
     numbers = {
-        name: None if widgets.get(name, AS_PRESET) == AS_PRESET else widgets[name]
+        name: None if _is(AS_PRESET, widgets.get(name, AS_PRESET)) else widgets[name]
         for name in (
             "steps",
             "rank",
@@ -123,20 +123,25 @@ def settings_from_widgets(
     as_they_are = ("keep", "negative_prompts", "kind", "templates", "eta")
     as_they_are += ("drift_weight", "keep_weight", "null_score")
     chosen = {
-        name: None if widgets.get(name, AUTO) == AUTO else widgets[name]
+        name: None if _is(AUTO, widgets.get(name, AUTO)) else widgets[name]
         for name in ("form", "layers")
     }
     return preset_settings(
         widgets.get("preset", "balanced"),
         distilled=widgets.get("model_type", MODEL_TYPES[0]) == DISTILLED_MODEL,
         family=family.defaults if family else None,
-        resolution=widgets.get("resolution") or None,
+        resolution=None if _is(0, widgets.get("resolution", 0)) else widgets["resolution"],
         concepts=parse_concepts(widgets.get("erase"), widgets.get("replace_with")),
         seed=widgets.get("training_seed", 0),
         **{name: widgets.get(name) for name in as_they_are},
         **chosen,
         **numbers,
     )
+
+
+def _is(standing_in: int | str, value: Any) -> bool:
+    """Whether a widget leaves its value to the preset or the model; a link may bring anything."""
+    return isinstance(value, int | float | str) and value == standing_in
 
 
 def _loss_curve(finished: Finished) -> list[float]:
