@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .activations import Recompute, SavedBytes
 from .denoiser import Denoiser, Encoded, LowRankEdit
-from .gradient import check_gradient
+from .gradient import check_gradient, smaller_scale
 from .guidance import SigmaWeight, guidance_term, surgery_loss, surgical_target, weighted_error
 from .memory import ADVICE, Fit, Need, advice_instead, out_of_memory
 from .settings import EraseSettings
@@ -320,7 +320,7 @@ class SurgeryTrainer:
             overflown = math.isfinite(value) and not self._gradient_is_finite()
             if self._loss_scale == 1 or not overflown:
                 return value
-            self._loss_scale /= 8
+            self._loss_scale = smaller_scale(self._loss_scale)
 
     def _backward_in_parts(self, index: Tensor, kept_index: Tensor) -> float:
         self._optimiser.zero_grad()

@@ -146,6 +146,31 @@ def test_a_trial_that_diverges_leaves_the_closed_form(monkeypatch):
     assert record["ended_by"] == "The loss became nan." and record["steps_done"] == 0
 
 
+@pytest.mark.parametrize(
+    "dtype, bad", [(torch.float16, math.nan), (torch.float16, math.inf), (torch.bfloat16, math.nan)]
+)
+def test_a_gradient_that_no_loss_scale_makes_finite_ends_training(monkeypatch, dtype, bad):
+    """The loss stays finite, so that in half precision an overflow is the first guess."""
+    backward, tries = SurgeryTrainer._backward_in_parts, []
+
+    def finite_at_first(self, index, kept_index):
+        value = backward(self, index, kept_index)
+        tries.append(self._loss_scale)
+        assert len(tries) <= 20, "it is tried for ever"
+        if len(tries) > 3:
+            next(iter(self.edit.factors.values())).grad[0, 0] = bad
+        return value
+
+    monkeypatch.setattr(SurgeryTrainer, "_backward_in_parts", finite_at_first)
+    toy = ToyDenoiser()
+    toy.dtype = dtype
+    record = run(toy)[-1].erasure.record
+    assert record["steps_done"] == 3 and "gradient became NaN or infinite" in record["ended_by"]
+    assert "bf16 or fp32" in record["ended_by"]
+    scales = tries[3:]
+    assert scales == ([1024.0, 128.0, 16.0, 2.0, 1.0] if dtype is torch.float16 else [1.0])
+
+
 def test_who_stops_during_the_trial_gets_an_erasure_that_is_not_complete(monkeypatch):
     monkeypatch.setattr(engine, "AIM", 2.0)
     record = run(should_stop=lambda: True, **AS_PRESET)[-1].erasure.record
