@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.v0_0_2 import io
 
 from ..erase_core import KINDS, PRESETS, EraseSettings, Finished, preset_settings
-from ..erase_core.families import Family
+from ..erase_core.families import Family, generic
 from ..erase_core.identity import REUSE, USE_IF_THERE
 from ..erase_core.layers import LAYER_RULES
 from ..erase_core.prompts import prompt_pairs
@@ -127,10 +127,14 @@ def settings_from_widgets(
         name: None if widgets.get(name, AUTO) == AUTO else widgets[name]
         for name in ("form", "layers")
     }
+    defaults = family.defaults if family else {}
+    other = generic("").defaults
+    if family is None and chosen["form"] is None and chosen["layers"] == other["layers"]:
+        defaults = other  # of the models that these layers are for
     return preset_settings(
         widgets.get("preset", "balanced"),
         distilled=widgets.get("model_type", MODEL_TYPES[0]) == DISTILLED_MODEL,
-        family=family.defaults if family else None,
+        family=defaults,
         resolution=widgets.get("resolution") or None,
         concepts=parse_concepts(widgets["erase"], widgets.get("replace_with") or ""),
         seed=widgets.get("training_seed", 0),
