@@ -60,7 +60,7 @@ def check_gradient(
     _backward(loss(LowRankEdit(start.bases, factors)) * scale)
     gradients = {n: torch.zeros_like(b) if b.grad is None else b.grad for n, b in factors.items()}
     if scale > 1 and not all(gradient.isfinite().all() for gradient in gradients.values()):
-        return check_gradient(loss, start, dtype, scale / 8)
+        return check_gradient(loss, start, dtype, smaller_scale(scale))
     gradients = {name: gradient / scale for name, gradient in gradients.items()}
     direction = _direction(start, gradients)
     slope = sum(float((gradients[name] * direction[name]).sum()) for name in factors)
@@ -92,6 +92,14 @@ def check_gradient(
         "this model or of a node upstream of it can't be trained through: take such nodes away or, "
         "in the hard form, use the preset 'instant', which needs no gradient."
     )
+
+
+def smaller_scale(scale: float) -> float:
+    """What a loss is multiplied with after its gradient overflowed; at last 1, never less.
+
+    A gradient that is not finite at a scale of 1 is the model's own, and no scale mends it.
+    """
+    return max(1.0, scale / 8)
 
 
 def _backward(loss: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .activations import Recompute, SavedBytes
 from .denoiser import Denoiser, Encoded, LowRankEdit
-from .gradient import check_gradient
+from .gradient import check_gradient, smaller_scale
 from .guidance import SigmaWeight, guidance_term, surgery_loss, surgical_target, weighted_error
 from .memory import ADVICE, Fit, Need, advice_instead, out_of_memory
 from .settings import EraseSettings
@@ -96,7 +96,8 @@ class SurgeryTrainer:
     """Trains an edit on pooled states; the model stays fixed.
 
     In the hard form only the factors B train, and a state trains the columns of its own concept,
-    so that the concepts stay separable. In the soft form B and R train, on all states.
+    so that the concepts stay separable. In the soft form B and R train, on all states. In both, a
+    round of steps, one for each concept, counts the ridge once.
 
     Everything trained and the optimiser are float32 whatever the model's dtype: Adam's steps are
     far below the resolution of half precision.
@@ -136,6 +137,10 @@ class SurgeryTrainer:
         self.edit = _trainable(start, denoiser.device, bases_too=self._soft)
         self._columns = [] if self._soft or len(columns) < 2 else columns
         self._concepts = pool.concepts()
+        # A step is on one concept's states. In the hard form it trains that concept's columns, so
+        # that a round of all concepts counts each column's ridge once; in the soft form it trains
+        # every column, and a round shall count the ridge once all the same.
+        self._ridge_share = 1 / len(self._concepts.unique()) if self._soft else 1.0
         self._optimiser = _optimiser(self.edit, denoiser.matrices(), settings)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimiser, _warmup_then_cosine(settings.steps)
@@ -320,7 +325,7 @@ class SurgeryTrainer:
             overflown = math.isfinite(value) and not self._gradient_is_finite()
             if self._loss_scale == 1 or not overflown:
                 return value
-            self._loss_scale /= 8
+            self._loss_scale = smaller_scale(self._loss_scale)
 
     def _backward_in_parts(self, index: Tensor, kept_index: Tensor) -> float:
         self._optimiser.zero_grad()
@@ -329,7 +334,7 @@ class SurgeryTrainer:
             share = len(part) / len(index)
             edit = self._seen_by(int(self._concepts[index[0]]))
             surgery = share * self.loss(edit, part, kept)
-            ridge = share * sum(ridge(edit) for ridge in self._ridges)
+            ridge = share * self._ridge_share * sum(ridge(edit) for ridge in self._ridges)
             ((surgery + ridge) * self._loss_scale).backward()
             value += float(surgery.detach())
         for gradient in self._gradients():

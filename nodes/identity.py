@@ -10,12 +10,14 @@ from collections.abc import Collection, Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
+import comfy.utils
 import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
 from ..erase_core.identity import Digest, bytes_on_cpu, middle_bytes, word_sums
 from .exact import side_paths
+from .packed import contents, is_plain
 
 SAMPLING = "model_sampling"
 
@@ -67,8 +69,9 @@ class _Content:
         state = inner.state_dict()
         for key in sorted(state):
             if not key.startswith(SAMPLING):
-                weight = model.backup[key].weight if key in model.backup else state[key]
-                self._tensor(key, weight, key in trained)
+                kept = model.backup.get(key)
+                weight = _itself(inner, key, state[key]) if kept is None else kept.weight
+                self._weight(key, weight, key in trained)
 
     def patches(self, model, trained: Collection[str]) -> None:
         """Weight patches with their strengths. Not the host's uuids: they are random."""
@@ -98,13 +101,29 @@ class _Content:
     def _say(self, *words: Any) -> None:
         self._parts.append((repr([str(word) for word in words]), None))
 
+    def _weight(self, label: str, weight: Tensor, whole: bool) -> None:
+        """A weight of the network; of one that is only counted, what it counts as."""
+        if weight.device.type == "meta":
+            self._say(label, "no content", weight.dtype, tuple(weight.shape))
+        else:
+            self._tensor(label, weight, whole)
+
     def _tensor(self, label: str, tensor: Tensor, whole: bool) -> None:
-        if type(tensor) not in (Tensor, nn.Parameter):
-            self._mark_unknown(label, tensor)  # packed numbers whose bytes are elsewhere
+        if not is_plain(tensor):
+            self._packed(label, tensor, whole)
             return
         self._say(label, tensor.dtype, tuple(tensor.shape))
         part = word_sums(tensor) if whole else middle_bytes(tensor, SAMPLED_BYTES)
         self._parts.append(("bytes", part))
+
+    def _packed(self, label: str, tensor: Tensor, whole: bool) -> None:
+        """Numbers in a tensor class of their own: what they are unpacked from."""
+        parts = contents(tensor)
+        if parts is None:
+            self._mark_unknown(label, tensor)
+            return
+        self._say(label, _type_name(tensor), tensor.dtype, tuple(tensor.shape))
+        self._value("packed", parts, whole)
 
     def _value(self, label: str, value: Any, whole: bool = False, depth: int = 0) -> None:
         """Any value by its content."""
@@ -150,6 +169,8 @@ def _members(value: Any) -> tuple[str, Iterable[tuple[Any, Any]]] | None:
         return "method", [("function", value.__func__), ("of", kept)]
     if inspect.isfunction(value):
         return _function_members(value)
+    if inspect.isclass(value):
+        return f"class {_name(value)}", ()
     return None
 
 
@@ -173,6 +194,20 @@ def _module_members(module: nn.Module) -> tuple[str, Iterable[tuple[Any, Any]]]:
         if not name.startswith("_") and name != "training"
     }
     return classes, sorted({**own, **module.state_dict()}.items())
+
+
+def _itself(network: nn.Module, key: str, weight: Tensor) -> Tensor:
+    """The weight behind an entry of a state dict.
+
+    Packs whose weights are no plain tensors put placeholders without content into it, so that the
+    host knows the size.
+    """
+    if weight.device.type != "meta":
+        return weight
+    try:
+        return comfy.utils.get_attr(network, key)
+    except AttributeError:  # counted by the pack, but of no layer
+        return weight
 
 
 def _object(model, name: str) -> Any:

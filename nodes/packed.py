@@ -7,15 +7,43 @@ unpack with ``get_weight(tensor, dtype)``. Everything here asks for those featur
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .families import UnsupportedModelError
 
+# What is noted on a packed tensor beside what it holds: the patcher's patches, PyTorch's flag.
+_NO_CONTENT = ("patches", "_is_param")
+
 
 def is_packed(weight: Tensor | None) -> bool:
     """Whether a weight is bytes that a layer has to unpack; no weight isn't."""
     return weight is not None and not weight.is_floating_point()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is what its memory holds, and it has memory."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
+
+
+def contents(tensor: Tensor) -> dict[str, Any] | None:
+    """What a tensor that isn't plain consists of: plain tensors and values, by name.
+
+    The patches that a packed tensor carries are the patcher's, and aren't part of it.
+
+    Returns:
+        None where that can't be told.
+    """
+    if hasattr(tensor, "__tensor_flatten__"):  # PyTorch's protocol for tensors made of others
+        tensor = tensor.detach()  # the host's own notes its parts on what it is asked for
+        names, rest = tensor.__tensor_flatten__()
+        return {**{name: getattr(tensor, name) for name in names}, "made with": rest}
+    if type(tensor) in (Tensor, nn.Parameter) or not tensor.untyped_storage().nbytes():
+        return None
+    notes = {name: value for name, value in vars(tensor).items() if name not in _NO_CONTENT}
+    return {"bytes": tensor.as_subclass(Tensor), **notes}
 
 
 def as_numbers(module: nn.Module, weight: Tensor) -> Tensor:

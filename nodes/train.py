@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.v0_0_2 import io
 
 from ..erase_core import KINDS, PRESETS, EraseSettings, Finished, preset_settings
-from ..erase_core.families import Family
+from ..erase_core.families import Family, generic
 from ..erase_core.identity import REUSE, USE_IF_THERE
 from ..erase_core.layers import LAYER_RULES
 from ..erase_core.prompts import prompt_pairs
@@ -126,10 +126,14 @@ def settings_from_widgets(
         name: None if _is(AUTO, widgets.get(name, AUTO)) else widgets[name]
         for name in ("form", "layers")
     }
+    defaults = family.defaults if family else {}
+    other = generic("").defaults
+    if family is None and chosen["form"] is None and chosen["layers"] == other["layers"]:
+        defaults = other  # of the models that these layers are for
     return preset_settings(
         widgets.get("preset", "balanced"),
         distilled=widgets.get("model_type", MODEL_TYPES[0]) == DISTILLED_MODEL,
-        family=family.defaults if family else None,
+        family=defaults,
         resolution=None if _is(0, widgets.get("resolution", 0)) else widgets["resolution"],
         concepts=parse_concepts(widgets.get("erase"), widgets.get("replace_with")),
         seed=widgets.get("training_seed", 0),

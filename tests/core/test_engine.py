@@ -146,6 +146,59 @@ def test_a_trial_that_diverges_leaves_the_closed_form(monkeypatch):
     assert record["ended_by"] == "The loss became nan." and record["steps_done"] == 0
 
 
+@pytest.mark.parametrize(
+    "dtype, bad", [(torch.float16, math.nan), (torch.float16, math.inf), (torch.bfloat16, math.nan)]
+)
+def test_a_gradient_that_no_loss_scale_makes_finite_ends_training(monkeypatch, dtype, bad):
+    """The loss stays finite, so that in half precision an overflow is the first guess."""
+    backward, tries = SurgeryTrainer._backward_in_parts, []
+
+    def finite_at_first(self, index, kept_index):
+        value = backward(self, index, kept_index)
+        tries.append(self._loss_scale)
+        assert len(tries) <= 20, "it is tried for ever"
+        if len(tries) > 3:
+            next(iter(self.edit.factors.values())).grad[0, 0] = bad
+        return value
+
+    monkeypatch.setattr(SurgeryTrainer, "_backward_in_parts", finite_at_first)
+    toy = ToyDenoiser()
+    toy.dtype = dtype
+    record = run(toy)[-1].erasure.record
+    assert record["steps_done"] == 3 and "gradient became NaN or infinite" in record["ended_by"]
+    assert "bf16 or fp32" in record["ended_by"]
+    scales = tries[3:]
+    assert scales == ([1024.0, 128.0, 16.0, 2.0, 1.0] if dtype is torch.float16 else [1.0])
+
+
+@pytest.mark.parametrize("concepts", ["cat => dog", "cat => dog\npizza\na tree"])
+@pytest.mark.parametrize("form", ["hard", "soft"])
+def test_a_round_of_all_concepts_counts_the_ridge_once(monkeypatch, form, concepts):
+    """As the closed form does, however many concepts there are, in both forms."""
+    made = []
+    monkeypatch.setattr(SurgeryTrainer, "check_gradient", lambda self: made.append(self) or 0.0)
+    run(form=form, concepts=concepts, steps=1, protection=1.0)
+    (trainer,) = made
+    monkeypatch.setattr(trainer, "loss", lambda edit, *_: 0 * sum(map(torch.sum, _values(edit))))
+    values = _values(trainer.edit)
+    found = [torch.zeros_like(value) for value in values]
+    for concept in trainer._concepts.unique():
+        index = (trainer._concepts == concept).nonzero().flatten()[:1]
+        trainer._backward(index, index)
+        for total, value in zip(found, values, strict=True):
+            total += value.grad
+    once = torch.autograd.grad(sum(ridge(trainer.edit) for ridge in trainer._ridges), values)
+    for ours, expected in zip(found, once, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(ours, expected)
+
+
+def _values(edit):
+    """What trains of an edit."""
+    values = [*edit.factors.values(), *edit.bases.values()]
+    return [value for value in values if value.requires_grad]
+
+
 def test_who_stops_during_the_trial_gets_an_erasure_that_is_not_complete(monkeypatch):
     monkeypatch.setattr(engine, "AIM", 2.0)
     record = run(should_stop=lambda: True, **AS_PRESET)[-1].erasure.record

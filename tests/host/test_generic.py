@@ -10,7 +10,7 @@ import comfy.supported_models
 import comfy.utils
 import pytest
 import torch
-from concept_surgery.erase_core import Erasure, GradientError, erase, preset_settings
+from concept_surgery.erase_core import Erasure, GradientError, erase, families, preset_settings
 from concept_surgery.erase_core.layers import LayerRuleError
 from concept_surgery.erase_core.report import report_text
 from concept_surgery.erase_core.texts import SettingsError
@@ -21,6 +21,7 @@ from concept_surgery.nodes.families import UnsupportedModelError, trainable_fami
 from concept_surgery.nodes.files import save_erasure
 from concept_surgery.nodes.host import ComfyDenoiser
 from concept_surgery.nodes.matrices import trained_keys
+from concept_surgery.nodes.train import TrainErasure, settings_from_widgets
 
 from .encoder import RememberingClip
 from .small import built_model
@@ -119,6 +120,24 @@ def test_it_moves_holds_and_goes_through_every_loader_alike(small, name, tmp_pat
     model.unpatch_model()
     after = weights_of(model)
     assert all(torch.equal(weight, after[key]) for key, weight in before.items())
+
+
+def test_their_layers_are_not_refused_before_the_model_is_known(small):
+    """The form is the family's own there: soft for those that prompt-fed is the rule of."""
+    asked = {"erase": "cat", "layers": "prompt-fed", "form": "auto"}
+    assert TrainErasure.validate_inputs(**asked) is True
+    assert TrainErasure.validate_inputs(erase="cat", layers="prompt-fed") is True
+    family = trainable_family(small("auraflow")[0])
+    assert settings_from_widgets(asked, family).form == "soft"
+    refused = {
+        "Choose the soft form": [{"form": "hard"}, {"layers": "transformer"}],
+        "no instant variant": [{"preset": "instant"}],
+    }
+    for words, cases in refused.items():
+        for values in cases:
+            assert words in TrainErasure.validate_inputs(**{**asked, **values})
+    with pytest.raises(SettingsError, match="Choose the soft form"):
+        settings_from_widgets(asked, families.SD1)
 
 
 def test_cross_attention_of_an_eps_model_and_a_network_that_adds_in_place_are_trained(

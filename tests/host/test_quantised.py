@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 import pytest
@@ -12,10 +15,13 @@ from concept_surgery.nodes.families import UnsupportedModelError
 from concept_surgery.nodes.host import ComfyDenoiser
 from concept_surgery.nodes.matrices import known_matrices
 from concept_surgery.nodes.packed import is_packed
+from concept_surgery.nodes.store import LanguageStore
 
 from . import fake_gguf
 from .small import random_text_encoder
 from .test_families import KEPT, sampled_x0, train
+from .test_identity import identity, with_lora
+from .test_identity import train as train_instant
 
 PREFIX, SCALE = "model.diffusion_model.", 0.01
 FP8, FLOAT = torch.float8_e4m3fn, torch.float32
@@ -35,6 +41,62 @@ def scaled_fp8(tensors):
             found[key] = (value.float() / SCALE).to(FP8)
             found[key.replace(".weight", ".scale_weight")] = torch.tensor(SCALE)
     return found
+
+
+def mixed_fp8(tensors):
+    """As newer checkpoints keep it: some layers in fp8, each with its scale, the others not."""
+    found, layers = dict(tensors), {}
+    for key, value in tensors.items():
+        if key.endswith(PACKED):
+            scale = value.float().abs().max() / torch.finfo(FP8).max
+            found[key] = (value.float() / scale).to(FP8)
+            found[key.replace(".weight", ".weight_scale")] = scale
+            layers[key.removesuffix(".weight")] = {"format": "float8_e4m3fn"}
+    metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
+    return comfy.sd.load_diffusion_model_state_dict(found, metadata=metadata)
+
+
+# What is trained, and a matrix that isn't.
+PACKED = ("attn2.to_k.weight", "attn2.to_v.weight", "attn1.to_q.weight")
+QUANTISED = {
+    "gguf": lambda tensors: fake_gguf.load(tensors, PACKED),
+    "scaled fp8": lambda tensors: comfy.sd.load_diffusion_model_state_dict(scaled_fp8(tensors)),
+    "mixed fp8": mixed_fp8,
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_quantised_model_is_recognised_again_by_its_numbers(checkpoint, kind, caplog):
+    def load(*changed):
+        tensors = unet_tensors(checkpoint)
+        for key in changed:
+            tensors[key] = tensors[key].clone()
+            tensors[key].view(-1)[tensors[key].numel() // 2] *= -1
+        with torch.inference_mode():
+            return QUANTISED[kind](tensors)
+
+    model = load()
+    plain = identity(model)
+    assert identity(load()) == identity(model) == plain
+    block = "input_blocks.1.1.transformer_blocks.0"
+    others = [load(f"{block}.{name}") for name in PACKED]
+    lora = with_lora(model, 1, 0.7)
+    found = [plain, identity(lora), *map(identity, others)]
+    assert len(set(found)) == len(found)
+    with torch.inference_mode():  # its patches are in the weights, or on them
+        comfy.model_management.load_models_gpu([lora])
+    assert [identity(model), identity(lora)] == found[:2]
+    assert "recognised again" not in caplog.text
+
+
+def test_a_result_of_a_packed_model_is_found_again(checkpoint, tmp_path):
+    with torch.inference_mode():
+        model, again = (QUANTISED["gguf"](unet_tensors(checkpoint)) for _ in range(2))
+        clip = random_text_encoder(model.model.model_config)
+    results = {}
+    assert not train_instant((model, clip), results, LanguageStore(tmp_path)).stored
+    assert train_instant((again, clip), results, LanguageStore(tmp_path)).stored
+    assert len(results) == 1
 
 
 def loaded(tensors):
