@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import formats
+from . import disk, formats
 from .denoiser import LowRankEdit
 from .families import by_name
-from .record import record_problem
+from .record import read_record, record_problem
 from .texts import same_text
 
 
@@ -150,10 +148,19 @@ class Erasure:
         )
 
     def without_pooled(self) -> Erasure:
-        """The same erasure with the pooled vector as it was; itself where that isn't edited."""
+        """The same erasure with the pooled vector as it was; itself where that isn't edited.
+
+        Raises:
+            ErasureError: nothing else is edited.
+        """
         name = by_name(self.record["family"]).pooled_matrix
         if name not in self.factors:
             return self
+        if len(self.factors) == 1:
+            raise ErasureError(
+                "Nothing would be left of the erasure: all that it changes is how the pooled "
+                "vector is read. Switch 'pooled_vector' on."
+            )
         bases, factors = (
             {key: value for key, value in tensors.items() if key != name}
             for tensors in (self.bases, self.factors)
@@ -170,34 +177,69 @@ class Erasure:
         Raises:
             ErasureFileError: the folder can't be written; nothing is left behind.
         """
+        self._write(path, disk.write_safetensors)
+
+    def save_new(self, path: Path) -> None:
+        """The same for a name that nothing has; of several savers at once one gets it.
+
+        Raises:
+            FileExistsError: something has the name.
+            ErasureFileError: as there.
+        """
+        self._write(path, disk.create_safetensors)
+
+    def _write(self, path: Path, write: Callable[..., None]) -> None:
         tensors = formats.kohya_tensors(self.bases, self.factors)
         try:
-            formats.write_safetensors(path, tensors, formats.metadata(self.record, tensors))
+            write(path, tensors, formats.metadata(self.record, tensors))
+        except FileExistsError:
+            raise
         except OSError as error:
             raise ErasureFileError(
                 f"The erasure can't be written to {str(path)!r}: {error.strerror or error}. "
                 "Check that the folder exists, is not read-only and has space left."
             ) from error
+        except ValueError as error:
+            raise ErasureFileError(
+                f"The erasure can't be written to {str(path)!r}: {error} Train it again without "
+                "that in a text or a name."
+            ) from error
 
     @classmethod
-    def load(cls, path: Path) -> Erasure:
+    def load(cls, path: Path, old: bool = True) -> Erasure:
         """Read an erasure.
 
+        Args:
+            old: whether a file is taken whose hash is of the values alone, as it was until version
+                0.7.0; its record may then be damaged in a way that nobody sees.
+
         Raises:
-            ErasureFileError: no such file, a damaged one, one that is no erasure, or one of a
-                version whose record can't be used.
+            ErasureFileError: no such file, one that can't be read, a damaged one, one that is no
+                erasure, or one of a version whose record can't be used.
         """
-        if not path.is_file():
-            raise ErasureFileError(f"There is no erasure at {str(path)!r}.")
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+            metadata, tensors = disk.read_safetensors(path, formats.RECORD_KEY)
+        except FileNotFoundError as error:
+            raise ErasureFileError(f"There is no erasure at {str(path)!r}.") from error
+        except OSError as error:
+            raise ErasureFileError(
+                f"{path.name} can't be read: {error.strerror or error}. Check the rights of the "
+                "file and of its folder, and whether the drive is there."
+            ) from error
+        except disk.DamagedFileError as error:
             raise ErasureFileError(
                 f"{path.name} can't be read as safetensors ({error}). The file is damaged or was "
                 "not copied whole; get it again."
             ) from error
+        if metadata:
+            problem = formats.content_problem(metadata, tensors)
+            if not (old or problem or formats.HASH_KEY in metadata):
+                problem = "nothing says what its record must be"
+            if problem:
+                raise ErasureFileError(
+                    f"{path.name} is damaged: {problem}. Get the file again, or train the erasure "
+                    "again. If another tool changed it, use it in the host's own LoRA loader."
+                )
         return cls._from_file(path.name, tensors, metadata)
 
     @classmethod
@@ -210,12 +252,13 @@ class Erasure:
                 "ordinary LoRA, use the host's own LoRA loader."
             )
         try:
-            record = json.loads(metadata[formats.RECORD_KEY])
+            record = read_record(metadata[formats.RECORD_KEY])
             bases, factors = formats.read_kohya_tensors(tensors)
         except ValueError as error:
             raise ErasureFileError(f"{name} is damaged: {error} Get the file again.") from error
         erasure = cls(bases, factors, record)
-        problem = record_problem(record, erasure.rank)
+        narrowest = min(basis.shape[1] for basis in bases.values())
+        problem = record_problem(record, narrowest)
         if problem:
             raise ErasureFileError(f"{name} {problem}")
         return erasure

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
+import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .digest import content_hash
+from .disk import write_safetensors as write_safetensors
 from .families import by_name
+from .record import read_record
 
 RECORD_KEY = "concept_surgery"
+# The first is of the record and of the tensors with their names; files of version 0.7.0 and older
+# lack it. The other, ModelSpec's, is of the tensors' values alone, and every file has it.
+HASH_KEY, VALUES_KEY = "concept_surgery_hash", "modelspec.hash_sha256"
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
+# What is larger fits no weight in half precision.
+LARGEST = torch.finfo(torch.float16).max
+_MATRIX = re.compile(r"\w+")  # kohya's names have no dots: those of other weights do
 
 
 def kohya_tensors(bases: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -41,34 +46,70 @@ def read_kohya_tensors(
     """R and B by matrix name from the tensors of a file; equal R come back as one tensor.
 
     Raises:
-        ValueError: a tensor is missing, misshapen or not finite.
+        ValueError: a tensor is missing, misshapen, of another type than float32, not finite or too
+            large for any weight, or alpha isn't the rank.
     """
-    names = [key[: -len(UP)] for key in tensors if key.endswith(UP)]
+    names = sorted(key[: -len(UP)] for key in tensors if key.endswith(UP))
     expected = {name + suffix for name in names for suffix in (DOWN, UP, ALPHA)}
-    if not names or expected != set(tensors):
-        odd = sorted(expected.symmetric_difference(tensors))[:3]
-        raise ValueError(f"its tensors are not those of an erasure (for example {odd}).")
+    odd = sorted(expected.symmetric_difference(tensors))
+    odd += [name for name in names if not _MATRIX.fullmatch(name)]
+    if not names or odd:
+        raise ValueError(f"its tensors are not those of an erasure (for example {odd[:3]}).")
     bases: dict[str, Tensor] = {}
     factors = {}
     last = None
     for name in names:
-        up, down = tensors[name + UP].float(), tensors[name + DOWN].float()
-        fits = up.ndim == down.ndim == 2 and up.shape[1] == down.shape[0]
-        if not fits or not (torch.isfinite(up).all() and torch.isfinite(down).all()):
-            raise ValueError(f"the values of {name} have a wrong shape or are not finite.")
+        up, down, alpha = (tensors[name + suffix] for suffix in (UP, DOWN, ALPHA))
+        _refuse_what_is_no_edit(name, up, down, alpha)
         if last is None or not torch.equal(down.T, last):
             last = down.T.contiguous()
         bases[name], factors[name] = last, up
     return bases, factors
 
 
+def _refuse_what_is_no_edit(name: str, up: Tensor, down: Tensor, alpha: Tensor) -> None:
+    if any(tensor.dtype != torch.float32 for tensor in (up, down, alpha)):
+        raise ValueError(f"the values of {name} are not in float32.")
+    fits = up.ndim == down.ndim == 2 and up.shape[1] == down.shape[0]
+    if not fits or 0 in (*up.shape, *down.shape):
+        shapes = f"{tuple(up.shape)} and {tuple(down.shape)}"
+        raise ValueError(f"the values of {name} have wrong shapes, {shapes}.")
+    # Not a number is never within bounds.
+    if not all(bool((values.abs() <= LARGEST).all()) for values in (up, down)):
+        raise ValueError(f"the values of {name} are not finite or too large for any weight.")
+    # Loaders scale by alpha / rank. Something else than 1 is not what was trained and measured.
+    if alpha.ndim or float(alpha) != len(down):
+        raise ValueError(f"alpha of {name} is {alpha.tolist()} and not its rank {len(down)}.")
+
+
+def content_problem(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Why the content of a file isn't what was written; "" if it is.
+
+    Files of version 0.7.0 and before say what their values must be and nothing of the record.
+    """
+    if HASH_KEY in metadata:
+        same = metadata[HASH_KEY] == content_hash(metadata[RECORD_KEY], tensors)
+    elif VALUES_KEY in metadata:
+        same = metadata[VALUES_KEY] == f"0x{tensor_hash(tensors)}"
+    else:
+        return "it doesn't say what its content must be, which every erasure does"
+    return "" if same else "its content is not what was saved"
+
+
 def metadata(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """File metadata: our record, ModelSpec 1.0.1, and the kohya keys that managers show."""
+    """File metadata: our record, ModelSpec 1.0.1, and the kohya keys that managers show.
+
+    Raises:
+        ValueError: a record that couldn't be read again.
+    """
     settings, family = record["settings"], by_name(record["family"])
     concepts = concept_list(record)
     title = f"Erase {concepts}"
+    text = json.dumps(record, sort_keys=True)
+    read_record(text)
     return {
-        RECORD_KEY: json.dumps(record, sort_keys=True),
+        RECORD_KEY: text,
+        HASH_KEY: content_hash(text, tensors),
         "modelspec.sai_model_spec": "1.0.1",
         # Forge matches these two strings exactly when it sorts LoRAs by base model.
         "modelspec.architecture": family.architecture,
@@ -77,7 +118,7 @@ def metadata(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
         "modelspec.description": (f"Concept erasure. Removes {concepts}; apply at strength 1."),
         "modelspec.resolution": f"{settings['resolution']}x{settings['resolution']}",
         "modelspec.date": record["created"],
-        "modelspec.hash_sha256": f"0x{tensor_hash(tensors)}",
+        VALUES_KEY: f"0x{tensor_hash(tensors)}",
         "ss_output_name": title,
         "ss_base_model_version": family.kohya_base,
         "ss_network_module": "networks.lora",
@@ -102,29 +143,3 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(tensors[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor], info: dict[str, str]) -> None:
-    """Write to a temporary name beside ``path``, then rename: never a half-written file.
-
-    Raises:
-        OSError: the folder can't be written, or the disk is full.
-    """
-    # Not the process's number: containers that share a folder all have number 1.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.touch()
-    try:
-        _save_to_disk(temporary, tensors, info)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _save_to_disk(path: Path, tensors: dict[str, Tensor], info: dict[str, str]) -> None:
-    try:
-        save_file(tensors, path, metadata=info)
-    except SafetensorError as error:  # how the library reports a full disk
-        raise OSError(str(error)) from error
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())  # the name must not reach the disk before the content

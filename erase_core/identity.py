@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .digest import Digest, flat_bytes, tensor_bytes
 from .erasure import Erasure
 from .settings import EraseSettings
 
@@ -76,29 +77,6 @@ def stored_result(
     return found
 
 
-class Digest:
-    """SHA-256 over labelled parts, framed so that no two lists of parts read alike."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def add(self, label: str, data: bytes | memoryview) -> None:
-        """Take in one part."""
-        name = label.encode()
-        self._hash.update(len(name).to_bytes(8, "little") + name)
-        self._hash.update(len(data).to_bytes(8, "little"))
-        self._hash.update(data)
-
-    def hexdigest(self) -> str:
-        """The digest, 40 hex digits."""
-        return self._hash.hexdigest()[:40]
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The values of a tensor on the CPU as bytes; without a copy where they lie in a row."""
-    return memoryview(_flat_bytes(tensor).numpy())
-
-
 def word_sums(tensor: Tensor) -> Tensor:
     """Checksums of a tensor's bytes, (n,) int64, computed where the tensor is.
 
@@ -121,12 +99,12 @@ def middle_bytes(tensor: Tensor, count: int) -> Tensor:
     flat = tensor.detach().reshape(-1)
     length = max(1, count // flat.element_size())
     start = max(0, (len(flat) - length) // 2)
-    return _flat_bytes(flat[start : start + length])
+    return flat_bytes(flat[start : start + length])
 
 
 def bytes_on_cpu(parts: Sequence[Tensor]) -> list[bytes]:
     """The bytes of tensors that may lie on several devices, with one transfer for each device."""
-    flat = [_flat_bytes(part) for part in parts]
+    flat = [flat_bytes(part) for part in parts]
     found: dict[int, bytes] = {}
     for device in {part.device for part in flat}:
         places = [index for index, part in enumerate(flat) if part.device == device]
@@ -154,15 +132,11 @@ def _products_summed(rows: Tensor, keys: Tensor) -> Tensor:
 
 def _words(tensor: Tensor) -> Tensor:
     """The bytes as int32, filled up with zeros."""
-    data = _flat_bytes(tensor)
+    data = flat_bytes(tensor)
     missing = -len(data) % 4
     if missing or data.storage_offset() % 4:
         data = torch.cat([data, data.new_zeros(missing)])
     return data.view(torch.int32)
-
-
-def _flat_bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1).view(torch.uint8)
 
 
 def _plain(value: Any) -> Any:

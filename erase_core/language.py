@@ -9,7 +9,6 @@ words that are not in it.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,9 @@ from torch import Tensor
 
 from .alignment import word_span
 from .denoiser import Denoiser, Encoded
+from .digest import Digest
 from .prompts import with_article
+from .record import VERSION
 
 ENCODE_BATCH = 16
 PROBE_CAPTIONS = 4
@@ -48,7 +49,6 @@ TAG_PHRASES = ("{}", "1girl, {}, solo", "no humans, {}, simple background", "{},
 # protected (on the first small model, keys and values moved alike: .12 at .1, .105 at .03, .096 at
 # .01); it is there for the words that neither captions nor the vocabulary sample reach.
 SHRINKAGE = 0.01
-READING_VERSION = "2"  # of what is cached; another for each change of it
 # From this share on, a person is told that the captions are mostly unknown words.
 MOSTLY_UNKNOWN = 0.5
 _GIBBERISH = ("qzxvk", "wvjxq", "xkqzj")
@@ -273,16 +273,20 @@ def read_language(
     goes, and returns the :class:`Language`.
 
     Args:
-        cache: results by key, for example on disk. The key covers the prompts and the embeddings
-            of a few of them, hence the text encoder with everything in front of it (clip skip,
-            LoRAs, textual inversions).
+        cache: results by key, for example on disk. The key covers the engine's version, the
+            prompts and the embeddings of a few of them, hence the text encoder with everything in
+            front of it (clip skip, LoRAs, textual inversions). What has another shape than it
+            must have, or isn't finite, is read anew.
         named: names of the concepts. Prompts that name them are not protected; they are taken out
             of what is cached, so that the cache serves every concept.
     """
     probes = denoiser.encode(spread(reading.protected, PROBE_CAPTIONS))
     key = _cache_key(probes, reading)
     parts = ("", "-words", "-witnesses")
+    width, fits = probes[0].tokens.shape[1], (len(reading.words), len(reading.witnesses))
     kept = _from_cache(cache, [key + part for part in parts])
+    if kept and not _is_a_reading(*kept, width, *fits):
+        kept = None
     if kept is None:
         kept = yield from _read(denoiser, reading)
         if cache is not None:
@@ -314,6 +318,8 @@ def pooled_moment(
     probes = denoiser.encode(spread(prompts, PROBE_CAPTIONS))
     key = _cache_key(probes, Reading(tuple(prompts), (), ())) + "-pooled"
     kept = _from_cache(cache, [key])
+    if kept and not _is_moment(kept[0], len(_pooled_row(probes[0])[0])):
+        kept = None
     if kept is None:
         moment = yield from _mean_moment(denoiser, prompts, pooled=True)
         kept = [moment]
@@ -338,6 +344,29 @@ def _from_cache(
         return None
     found = [cache[key] for key in keys]
     return found if all(bool(rows.isfinite().all()) for rows in found) else None
+
+
+def _is_a_reading(
+    moment: Tensor, words: Tensor, witnesses: Tensor, width: int, named: int, held_out: int
+) -> bool:
+    """Whether cached tensors have the shapes that :func:`_read` gives."""
+    rows = witnesses.shape[1] if witnesses.ndim == 3 else 0
+    return (
+        _is_moment(moment, width)
+        and words.shape == (named, 2, width)
+        and 1 <= rows <= WITNESS_ROWS
+        and witnesses.shape == (held_out, rows, width)
+    )
+
+
+def _is_moment(moment: Tensor, width: int) -> bool:
+    """Whether it may be the mean of ``c c^T``, which is as large mirrored and never negative."""
+    return (
+        moment.shape == (width, width)
+        and moment.dtype == torch.float64
+        and torch.allclose(moment, moment.T)
+        and bool((moment.diagonal() >= 0).all())
+    )
 
 
 def _read(denoiser: Denoiser, reading: Reading) -> Iterator[tuple[int, int]]:
@@ -431,9 +460,19 @@ def second_moment(prompts: Iterable[Tensor]) -> Tensor:
 
 
 def _cache_key(probes: Sequence[Encoded], reading: Reading) -> str:
-    texts = (READING_VERSION, *reading.protected, "", *(text for _, text in reading.witnesses))
-    digest = hashlib.sha256("\n".join(texts).encode())
-    for prompt in probes:
-        for tensor in prompt.tensors():
-            digest.update(tensor.contiguous().numpy().tobytes())
+    """32 hex digits of all that the cached tensors depend on."""
+    digest = Digest()
+    digest.add("version", VERSION.encode())
+    texts = {
+        "protected": reading.protected,
+        "words": [text for pair in reading.words for text in pair],
+        "witnesses": [text for pair in reading.witnesses for text in pair],
+    }
+    for label, group in texts.items():
+        for text in group:
+            digest.add(label, text.encode("utf-8", "surrogatepass"))
+    for probe in probes:
+        digest.add_tensor("tokens", probe.tokens)
+        if probe.pooled is not None:
+            digest.add_tensor("pooled", probe.pooled)
     return digest.hexdigest()[:32]

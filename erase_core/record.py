@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +15,9 @@ VERSION = "0.7.0"
 NO_TRAINING, NOT_NEEDED, NO_HELP = "none", "not needed", "no help"
 STOPPED, TRAINED, WORSE = "stopped", "trained", "worse"
 
+LONGEST_INTEGER = 20  # digits: as many as the largest seed has
+DEEPEST = 32  # lists and mappings in one another; a record has five
+_VERSION = re.compile(r"[\w.+-]{1,40}")
 _NUMBER = (int, float)
 _TEXTS_WITH_DRIFT = [{"text": str, "drift": _NUMBER}]
 _MOVED = {"overall": _NUMBER}
@@ -44,6 +50,23 @@ _OTHERS = _OrNone(
         "most_changed": _TEXTS_WITH_DRIFT,
     }
 )
+
+
+class _Finite:
+    """A number that isn't infinite and not "not a number"."""
+
+
+# What a run that solves several erasures together reads of their settings, where they say it.
+_SETTINGS = {
+    "kind": str,
+    "keep": [str],
+    "templates": [str],
+    "layers": str,
+    "rank": int,
+    "captions": int,
+    "eta": _Finite,
+    "guidance_scale": _Finite,
+}
 
 # What is read of a record: types, of mappings the keys, of a list what each entry is.
 _SHAPE = {
@@ -101,12 +124,54 @@ _SHAPE = {
 }
 
 
+def read_record(text: str) -> Any:
+    """The values of a record as it stands in a file: nothing that a reader could trip over.
+
+    Raises:
+        ValueError: no JSON, or JSON that is too deep, with integers too long for any number that is
+            meant, or with half of a character.
+    """
+    try:
+        record = json.loads(text, parse_int=_integer)
+    except RecursionError as error:
+        raise ValueError("its record is nested too deeply.") from error
+    level = [record]
+    for _ in range(DEEPEST):
+        for value in level:
+            _refuse_half_characters(value)
+        level = [item for value in level for item in _items(value)]
+        if not level:
+            return record
+    raise ValueError("its record is nested too deeply.")
+
+
+def _integer(digits: str) -> int:
+    if len(digits.lstrip("-")) > LONGEST_INTEGER:
+        raise ValueError(f"its record has an integer of {len(digits)} digits.")
+    return int(digits)
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return value if isinstance(value, list) else []
+
+
+def _refuse_half_characters(value: Any) -> None:
+    try:
+        if isinstance(value, str):
+            value.encode()
+    except UnicodeEncodeError as error:
+        near = value[max(0, error.start - 20) : error.end]
+        raise ValueError(f"its record has half of a character, in {near!r}.") from error
+
+
 def record_problem(record: Any, rank: int) -> str:
     """What keeps a record from being used, and what to do about it; "" if nothing does.
 
     Args:
         record: what a file gave.
-        rank: columns of the erasure's widest R.
+        rank: columns of the erasure's narrowest R.
     """
     amiss = list(_amiss(record, _SHAPE, "")) or list(_amiss_together(record, rank))
     if not amiss:
@@ -115,7 +180,7 @@ def record_problem(record: Any, rank: int) -> str:
     if len(amiss) > 3:
         what += f" and {len(amiss) - 3} more"
     version = record.get("version") if isinstance(record, Mapping) else None
-    if not isinstance(version, str):
+    if not isinstance(version, str) or not _VERSION.fullmatch(version):
         return (
             f"is damaged: its record names no version and {what}. Get the file again, or use it "
             "in the host's own LoRA loader."
@@ -152,6 +217,8 @@ def _amiss(value: Any, shape: Any, path: str) -> Iterator[str]:
 
 
 def _is_of(value: Any, types: Any) -> bool:
+    if types is _Finite:
+        return _is_of(value, _NUMBER) and math.isfinite(value)
     return isinstance(value, types) and (types is bool or not isinstance(value, bool))
 
 
@@ -159,11 +226,16 @@ def _amiss_together(record: Mapping[str, Any], rank: int) -> Iterator[str]:
     """Paths at which values of the right shape don't fit each other."""
     concepts, measures = record["concepts"], record["measures"]
     sampled = measures["moved_held_out"] is not None
+    if not _VERSION.fullmatch(record["version"]):
+        yield "version"
     yield from _amiss(record.get("taken_out", []), [str], "taken_out")
     yield from _amiss(record.get("memory"), _MEMORY, "memory")
     yield from _amiss(record.get("others"), _OTHERS, "others")
     yield from _amiss(record.get("training", ""), str, "training")
     yield from _amiss(measures.get("unnamed_of", ""), str, "measures.unnamed_of")
+    settings = {key: _OrNone(shape) for key, shape in _SETTINGS.items()}
+    given = {key: record["settings"].get(key) for key in settings}
+    yield from _amiss(given, settings, "settings")
     guidance = measures.get("unnamed_guidance", 0.0)
     yield from _amiss(guidance, _NUMBER, "measures.unnamed_guidance")
     yield from _amiss(record.get("pooled_left_out", False), bool, "pooled_left_out")
@@ -174,6 +246,7 @@ def _amiss_together(record: Mapping[str, Any], rank: int) -> Iterator[str]:
     if sampled != (measures["moved_sampled"] is not None):
         yield "measures.moved_sampled"
     for index, concept in enumerate(concepts):
+        yield from _amiss(concept.get("kind"), _OrNone(str), f"concepts[{index}].kind")
         columns = concept["columns"]
         if columns is not None and not (len(columns) == 2 and 0 <= columns[0] < columns[1] <= rank):
             yield f"concepts[{index}].columns"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import re
+import itertools
+import os
 from pathlib import Path
 
 import folder_paths
 from comfy_api.v0_0_2 import io, ui
 
 from ..erase_core import Erasure, ErasureFileError
+from ..erase_core.disk import remove_abandoned
+from ..erase_core.filenames import path_problem
+from ..erase_core.formats import RECORD_KEY
 from ..erase_core.report import report_text
 from .schema import CATEGORY, ErasureType, compatible
 
@@ -36,7 +40,8 @@ class SaveErasure(io.ComfyNode):
                 io.String.Input(
                     "filename",
                     default="erased_concept",
-                    tooltip="Name of the file, without a folder.",
+                    tooltip="Name of the file, with or without folders of models/loras before it: "
+                    "no_ink, or styles/no_ink.",
                 ),
                 io.Boolean.Input(
                     "pooled_vector",
@@ -57,7 +62,7 @@ class SaveErasure(io.ComfyNode):
         """Refuse a bad name before anything is trained."""
         try:
             if filename is not None:
-                checked_name(filename)
+                place_inside(_loras(), checked_name(filename))
         except ErasureFileError as error:
             return str(error)
         return True
@@ -66,7 +71,7 @@ class SaveErasure(io.ComfyNode):
     def execute(cls, erasure: Erasure, filename: str, pooled_vector: bool = True) -> io.NodeOutput:
         """Write the file and show where it is."""
         erasure = erasure if pooled_vector else erasure.without_pooled()
-        path = save_erasure(erasure, Path(folder_paths.get_folder_paths(FOLDER)[0]), filename)
+        path = save_erasure(erasure, _loras(), filename)
         return io.NodeOutput(str(path), ui=ui.PreviewText(f"Saved {path.name} in {path.parent}"))
 
 
@@ -92,10 +97,14 @@ class LoadErasure(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, filename: str) -> float:
-        """Read again when the file has changed."""
+    def fingerprint_inputs(cls, filename: str) -> str:
+        """Read again when the file has changed; what is wrong with it is said by reading it."""
         path = folder_paths.get_full_path(FOLDER, filename)
-        return Path(path).stat().st_mtime if path else 0.0
+        try:
+            status = os.stat(path) if path else None
+        except OSError:
+            status = None
+        return f"{status.st_mtime_ns} {status.st_size} {status.st_ino}" if status else ""
 
     @classmethod
     def execute(cls, filename: str) -> io.NodeOutput:
@@ -107,39 +116,96 @@ class LoadErasure(io.ComfyNode):
 def save_erasure(erasure: Erasure, folder: Path, filename: str) -> Path:
     """Write the erasure under a free name in ``folder``; the same one twice gives one file.
 
+    Several that save under one name at once each get a file.
+
+    Args:
+        filename: with or without folders inside of ``folder`` before it, and / between them.
+
     Raises:
-        ErasureFileError: a name with path parts, or a folder that can't be written.
+        ErasureFileError: a name that can't be one, a place outside of ``folder``, or one that can't
+            be written.
     """
-    stem = checked_name(filename)
+    wanted = checked_name(filename)
+    place = place_inside(folder, wanted)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ErasureFileError(
-            f"The folder {str(folder)!r} can't be made: {error.strerror}. Check its rights."
+            f"The folder {str(place)!r} can't be made: {error.strerror or error}. Check its rights."
         ) from error
-    path, number = folder / (stem + SUFFIX), 1
-    while path.exists():
+    place_inside(folder, wanted)  # another process may have put a link there meanwhile
+    remove_abandoned(place, shared=True, mark=f'"{RECORD_KEY}"'.encode())
+    stem = wanted.rpartition("/")[2]
+    for number in itertools.count(1):
+        path = place / (f"{stem}_{number}{SUFFIX}" if number > 1 else stem + SUFFIX)
+        if not os.path.lexists(path):
+            try:
+                erasure.save_new(path)
+            except FileExistsError:  # another saver was faster
+                pass
+            else:
+                return path
         if _holds(path, erasure):
             return path
-        number += 1
-        path = folder / f"{stem}_{number}{SUFFIX}"
-    erasure.save(path)
-    return path
 
 
 def checked_name(filename: str) -> str:
-    """The file's name without its ending.
+    """The file's name without its ending, with the folders before it.
 
     Raises:
-        ErasureFileError: an empty name, one with path parts, or one that some system forbids.
+        ErasureFileError: it can't be a name on every system, or leads out of the folder.
     """
-    name = filename.strip().removesuffix(SUFFIX)
-    if not name or name.startswith(".") or re.search(r'[\\/:*?"<>|\x00-\x1f]', name):
+    ending = filename[-len(SUFFIX) :].lower() == SUFFIX
+    name = filename[: -len(SUFFIX)] if ending else filename
+    problem = path_problem(name)
+    if problem:
         raise ErasureFileError(
-            f"{filename!r} can't be a file name: give a name alone, without folders, not starting "
-            'with a dot and without any of \\ / : * ? " < > |. The file goes into models/loras.'
+            f"{_short(filename)} can't be a file name: {problem}. Give a name with or without "
+            "folders of models/loras before it, such as no_ink or styles/no_ink."
         )
     return name
+
+
+def place_inside(folder: Path, name: str) -> Path:
+    """The folder that a file goes into.
+
+    Args:
+        folder: that of the host.
+        name: of the file, with the folders before it.
+
+    Raises:
+        ErasureFileError: a link on the way leads out of ``folder``, or a file is in the way.
+    """
+    place = folder.joinpath(*name.split("/")[:-1])
+    try:
+        outside = not place.resolve().is_relative_to(folder.resolve())
+        in_the_way = [
+            one for one in (place, *place.parents) if one.is_relative_to(folder) and one.is_file()
+        ]
+    except (OSError, RuntimeError) as error:  # no rights, or links that lead in a circle
+        raise ErasureFileError(
+            f"The folder {str(place)!r} can't be looked into: {error}. Check its rights."
+        ) from error
+    if outside:
+        raise ErasureFileError(
+            f"{_short(name)} would lie outside of {str(folder)!r}: a link on the way leads to "
+            f"{str(place.resolve())!r}. Choose another folder."
+        )
+    if in_the_way:
+        raise ErasureFileError(
+            f"The folder {str(in_the_way[0])!r} can't be made: there is a file of that name. "
+            "Check its rights, or choose another folder."
+        )
+    return place
+
+
+def _loras() -> Path:
+    return Path(folder_paths.get_folder_paths(FOLDER)[0])
+
+
+def _short(text: str) -> str:
+    """A text in quotes, of a long one the beginning."""
+    return repr(text if len(text) <= 60 else text[:60] + "...")
 
 
 def _holds(path: Path, erasure: Erasure) -> bool:

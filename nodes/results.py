@@ -5,25 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 
 import folder_paths
-from safetensors import SafetensorError, safe_open
 
 from ..erase_core import Erasure, ErasureFileError
-from ..erase_core.formats import kohya_tensors, tensor_hash
+from ..erase_core.disk import remove_abandoned
 
 # Room for some 300 erasures of SD1.x or some 35 of SDXL. What was used longest ago goes first.
 LIMIT_BYTES = 4 * 2**30
 SUFFIX = ".safetensors"
 STOPPED = ".stopped-"
 
-# A file under a temporary name that is older than this was left by a process that died.
-ABANDONED_SECONDS = 24 * 3600
 _KEY = re.compile("[0-9a-f]{8,64}")
-_NEEDED = {"created", "losses", "measures", "settings"}
 
 
 def results_folder() -> Path:
@@ -41,8 +36,8 @@ class ResultStore(MutableMapping[str, Erasure]):
     * A file is renamed into place, so it is whole or not there, whoever else writes it.
     * An erasure that was stopped before its end is kept as ``KEY.stopped-VALUES.safetensors``.
       It is a file for its user to take and never found under its key.
-    * Reading checks the values against the hash in the file. A damaged file counts as absent and
-      is written over by the next training.
+    * Reading checks the content, values, names and record, against the hash in the file. A damaged
+      file counts as absent and is written over by the next training.
     * Beyond ``limit_bytes`` the files used longest ago are dropped, never the one just written.
       Reading is using.
     * A folder that can't be written costs the next run its time, not this one its result.
@@ -65,12 +60,13 @@ class ResultStore(MutableMapping[str, Erasure]):
 
     def __getitem__(self, key: str) -> Erasure:
         path = self._path(key)
-        if path is None or not path.is_file():
+        if path is None:
             raise KeyError(key)
         try:
             erasure = _read_checked(path)
         except ErasureFileError as error:
-            self._warn(f"A stored result can't be used, its next training replaces it. {error}")
+            if not isinstance(error.__cause__, FileNotFoundError):
+                self._warn(f"A stored result can't be used, its next training replaces it. {error}")
             raise KeyError(key) from error
         self._mark_used(path)
         return erasure
@@ -88,15 +84,23 @@ class ResultStore(MutableMapping[str, Erasure]):
             )
             return
         self._drop_oldest(path)
+        remove_abandoned(self.folder, shared=False)
 
     def __delitem__(self, key: str) -> None:
         path = self._path(key)
-        if path is None or not path.is_file():
+        if path is None:
             raise KeyError(key)
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink()
+        except FileNotFoundError as error:
+            raise KeyError(key) from error
 
     def __iter__(self) -> Iterator[str]:
-        names = (path.name.removesuffix(SUFFIX) for path in self.folder.glob(f"*{SUFFIX}"))
+        try:
+            names = [path.name.removesuffix(SUFFIX) for path in self.folder.glob(f"*{SUFFIX}")]
+        except OSError as error:
+            self._warn(f"{self.folder} can't be read: {error}")
+            names = []
         return (name for name in names if _KEY.fullmatch(name))
 
     def __len__(self) -> int:
@@ -113,24 +117,21 @@ class ResultStore(MutableMapping[str, Erasure]):
             logging.debug("Concept Surgery: %s can't be marked as used: %s", path, error)
 
     def _drop_oldest(self, written: Path) -> None:
-        """Bring the folder below its limit and clear up after processes that died."""
+        """Bring the folder below its limit."""
         try:
-            files = self._by_use(f"*{SUFFIX}")
+            files = self._by_use()
             total = sum(size for _, size, _ in files)
             for _, size, path in files:
                 if total > self._limit and path != written:
                     path.unlink(missing_ok=True)
                     total -= size
-            for used, _, path in self._by_use(".*.tmp"):
-                if used < time.time() - ABANDONED_SECONDS:
-                    path.unlink(missing_ok=True)
         except OSError as error:
             self._warn(f"Old results in {self.folder} can't be removed: {error}")
 
-    def _by_use(self, pattern: str) -> list[tuple[float, int, Path]]:
-        """Time of last use, size and path of files, those used longest ago first."""
+    def _by_use(self) -> list[tuple[float, int, Path]]:
+        """Time of last use, size and path of the files, those used longest ago first."""
         found = []
-        for path in self.folder.glob(pattern):
+        for path in self.folder.glob(f"*{SUFFIX}"):
             try:
                 status = path.stat()
             except FileNotFoundError:  # another process was faster
@@ -140,20 +141,12 @@ class ResultStore(MutableMapping[str, Erasure]):
 
 
 def _read_checked(path: Path) -> Erasure:
-    """A complete erasure whose values are those that were written.
+    """A complete erasure whose content is what was written.
 
     Raises:
         ErasureFileError: it isn't.
     """
-    erasure = Erasure.load(path)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            written = (file.metadata() or {}).get("modelspec.hash_sha256")
-    except (SafetensorError, OSError) as error:  # replaced or removed meanwhile
-        raise ErasureFileError(f"{path.name} can't be read: {error}.") from error
-    if written != f"0x{tensor_hash(kohya_tensors(erasure.bases, erasure.factors))}":
-        raise ErasureFileError(f"{path.name} is damaged: its values are not those it was made of.")
-    record = erasure.record
-    if not isinstance(record, dict) or not record.get("complete") or not record.keys() >= _NEEDED:
+    erasure = Erasure.load(path, old=False)
+    if not erasure.record["complete"]:
         raise ErasureFileError(f"{path.name} has no record of a complete training.")
     return erasure

@@ -354,3 +354,81 @@ def test_a_shrunk_moment_has_a_share_that_is_alike_in_all_directions():
     expected = (1 - SHRINKAGE) * sizes + SHRINKAGE * sizes.mean()
     torch.testing.assert_close(torch.linalg.eigvalsh(found), expected)
     assert torch.equal(shrunk(moment, 0.0), moment)
+
+
+@pytest.mark.parametrize(
+    "part, change",
+    [
+        ("", lambda rows: rows[:-1]),
+        ("", lambda rows: rows[:-1, :-1]),
+        ("", lambda rows: rows[None]),
+        ("", lambda rows: rows.float()),
+        ("", lambda rows: rows + torch.ones(len(rows)).double().diag(1)[:-1, :-1]),
+        ("", lambda rows: -rows),
+        ("-words", lambda rows: rows[1:]),
+        ("-words", lambda rows: rows[:, :1]),
+        ("-words", lambda rows: rows[..., :-1]),
+        ("-words", lambda rows: rows.flatten()),
+        ("-witnesses", lambda rows: rows[1:]),
+        ("-witnesses", lambda rows: rows[:, :0]),
+        ("-witnesses", lambda rows: rows.repeat(1, 9, 1)),
+        ("-witnesses", lambda rows: rows[0, 0, 0]),
+    ],
+)
+def test_what_has_another_shape_than_it_must_is_read_anew(part, change):
+    toy, cache = ListingToy(), {}
+    reading = choose_reading(toy, CAPTIONS, "object")
+    first = end_of(read_language(toy, reading, cache))
+    (key,) = [key for key in cache if key == f"{key[:32]}{part}"]
+    right, cache[key] = cache[key], change(cache[key])
+    again = end_of(read_language(toy, reading, cache))
+    assert torch.equal(again.moment, first.moment) and torch.equal(cache[key], right)
+    assert torch.equal(again.vocabulary.rows, first.vocabulary.rows)
+    assert torch.equal(again.witnesses.rows, first.witnesses.rows)
+
+
+@pytest.mark.parametrize("change", [lambda rows: rows[1:], lambda rows: rows[:1, :1], torch.neg])
+def test_a_pooled_moment_of_another_shape_is_read_anew(change):
+    toy, cache, prompts = RaggedToy(), {}, plain_captions(20)
+    first = end_of(pooled_moment(toy, prompts, cache))
+    (key,) = cache
+    cache[key] = change(cache[key])
+    assert torch.equal(end_of(pooled_moment(toy, prompts, cache)), first)
+    assert torch.equal(cache[key], first)
+
+
+class OtherPooledToy(RaggedToy):
+    """The same tokens, another encoder for the pooled vector."""
+
+    def encode(self, prompts, together=False):
+        plain = super().encode(prompts, together)
+        return [Encoded(p.tokens, None if together else p.pooled.flip(0)) for p in plain]
+
+
+def test_a_pooled_moment_is_of_the_encoder_that_gives_the_pooled_vectors():
+    cache, prompts = {}, plain_captions(20)
+    one = end_of(pooled_moment(RaggedToy(), prompts, cache))
+    other = end_of(pooled_moment(OtherPooledToy(), prompts, cache))
+    assert len(cache) == 2
+    torch.testing.assert_close(other, one.flip(0, 1))
+
+
+def test_what_another_version_cached_is_not_used(monkeypatch):
+    toy, cache = ListingToy(), {}
+    reading = choose_reading(toy, CAPTIONS, "object")
+    end_of(read_language(toy, reading, cache))
+    end_of(pooled_moment(RaggedToy(), CAPTIONS, cache))
+    before = set(cache)
+    monkeypatch.setattr(f"{read_language.__module__}.VERSION", "0.0.0", raising=False)
+    end_of(read_language(toy, reading, cache))
+    end_of(pooled_moment(RaggedToy(), CAPTIONS, cache))
+    assert len(cache) == 2 * len(before) == 8
+
+
+def test_the_key_tells_lists_apart_that_read_alike():
+    toy, cache, same = ListingToy(), {}, Encoded(torch.ones(2, WIDTH))
+    for captions in (["a cat\na dog", "a boat"], ["a cat", "a dog\na boat"]):
+        reading = Reading(tuple(captions), (), ())
+        toy.encode = lambda prompts, together=False: [same for _ in prompts]
+        end_of(read_language(toy, reading, cache))
+    assert len(cache) == 6
