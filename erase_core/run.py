@@ -325,6 +325,7 @@ class Run:
                 *harm_warnings(settings, measures, others),
                 *training_warnings(settings, self.training),
                 *unknown_warnings(unknown),
+                *prompts.warnings,
                 *prompt_warnings(settings),
             ],
             "training": self.training,

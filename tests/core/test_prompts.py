@@ -110,9 +110,11 @@ def test_the_words_are_found_among_what_stands_around_them(layout):
 
 
 def test_the_content_ends_where_the_padding_begins():
-    assert content_length([BEGIN, 5, 6, END, END, END]) == 3
-    assert content_length([5, 6, 1]) == 2  # the end token of those without padding
-    assert content_length([BEGIN, END]) == 1
+    assert content_length([BEGIN, 5, 6, END, END, END], [BEGIN, *[END] * 5]) == 3
+    assert content_length([5, 6, 1], [1]) == 2  # the end token of those without padding
+    assert content_length([BEGIN, 5, END], [BEGIN, END, END]) == 2  # the window is full
+    ids, null, _ = LAYOUTS["several"]
+    assert content_length(ids, null) == 6  # before the end of the last encoder's
 
 
 def encoded(concepts, denoiser=None, templates="a photo of {}, ink", **values):
