@@ -35,6 +35,7 @@ from .families import (
 )
 from .identity import model_identity
 from .inplace import OutOfPlace
+from .kinds import refuse_another_kind
 from .matrices import base_fingerprint, trained_keys
 from .packed import as_numbers, like
 from .tokens import row_ids
@@ -62,7 +63,8 @@ class ComfyDenoiser:
         layers: which matrices train, see :mod:`erase_core.layers`; None for the family's own.
 
     Raises:
-        UnsupportedModelError: a model that can't be trained on, or a CLIP with hooks.
+        UnsupportedModelError: a model that can't be trained on, a CLIP with hooks or of another
+            kind than the model.
         LayerRuleError: a layer rule that matches nothing.
     """
 
@@ -78,6 +80,8 @@ class ComfyDenoiser:
         self._family = trainable_family(model)
         refuse_hooks(clip)
         self.family = self._family.name
+        if clip is not None:
+            refuse_another_kind(model, clip)
         if not self._family.readers_known:
             refuse_if_it_takes_more(model, clip, self._family)
         self.base = {"name": base_name, "fingerprint": base_fingerprint(model)}
