@@ -6,12 +6,17 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from itertools import groupby
 
+# Ids from here on stand for vectors that have no number of their own in a tokenizer, as those of a
+# textual inversion: one id for each vector, the same wherever it occurs.
+VECTOR_IDS = 1 << 40
 # Where the rows of several text encoders follow one another, the ids of the n-th are raised by n
-# times this, more than any tokenizer has: so they share none.
-STREAM_IDS = 1_000_000_000
+# times this, more than any token or vector has: so they share none.
+STREAM_IDS = 1 << 60
 
 
-def align_tokens(erased: Sequence[int], alternative: Sequence[int]) -> list[int]:
+def align_tokens(
+    erased: Sequence[int], alternative: Sequence[int], null: Sequence[int]
+) -> list[int]:
     """For each token of a prompt, the token that plays its role in the alternative prompt.
 
     Equal words stand for each other; the last token of a replaced part for the last of its
@@ -22,13 +27,14 @@ def align_tokens(erased: Sequence[int], alternative: Sequence[int]) -> list[int]
     Args:
         erased, alternative: token ids with start, end and padding tokens; of several encoders with
             :data:`STREAM_IDS`.
+        null: token ids of the null prompt, see :func:`word_span`.
 
     Returns:
         Positions in ``alternative``, one for each token of ``erased``.
     """
     roles, begin = [], 0
-    for own, other in zip(_streams(erased), _streams(alternative), strict=True):
-        roles += [begin + role for role in _align(own, other)]
+    for own, other, rest in zip(*map(_streams, (erased, alternative, null)), strict=True):
+        roles += [begin + role for role in _align(own, other, rest)]
         begin += len(other)
     return roles
 
@@ -37,9 +43,11 @@ def _streams(ids: Sequence[int]) -> list[list[int]]:
     return [list(part) for _, part in groupby(ids, lambda token: token // STREAM_IDS)]
 
 
-def _align(erased: Sequence[int], alternative: Sequence[int]) -> list[int]:
-    end, other_end = content_length(erased), content_length(alternative)
-    roles = [0] * len(erased)
+def _align(erased: Sequence[int], alternative: Sequence[int], null: Sequence[int]) -> list[int]:
+    # One of them may be the null prompt itself, which doesn't show where its words would begin.
+    begin = min(_begin(ids, null) for ids in (erased, alternative))
+    end, other_end = (_end(ids, null, begin) for ids in (erased, alternative))
+    roles, last = [0] * len(erased), len(alternative) - 1
     matcher = SequenceMatcher(None, erased[:end], alternative[:other_end], autojunk=False)
     for kind, start, stop, other_start, other_stop in matcher.get_opcodes():
         for position in range(start, stop):
@@ -48,29 +56,52 @@ def _align(erased: Sequence[int], alternative: Sequence[int]) -> list[int]:
             elif kind == "replace":
                 roles[position] = max(other_start, other_stop - (stop - position))
             else:
-                roles[position] = other_end
+                roles[position] = min(other_end, last)
     for position in range(end, len(erased)):
-        roles[position] = min(other_end + position - end, len(alternative) - 1)
+        roles[position] = min(other_end + position - end, last)
     return roles
 
 
-def content_length(ids: Sequence[int]) -> int:
-    """Tokens before the run of equal ids (end and padding) that closes a prompt."""
-    length = len(ids)
-    while length > 1 and ids[length - 2] == ids[-1]:
-        length -= 1
-    return length - 1
+def content_length(ids: Sequence[int], null: Sequence[int]) -> int:
+    """Tokens before the end of a prompt; of several encoders, before the end of the last's.
+
+    Args:
+        ids: of the prompt.
+        null: of the null prompt, see :func:`word_span`.
+    """
+    *before, last = _streams(ids)
+    return sum(map(len, before)) + word_span(last, _streams(null)[-1])[1]
 
 
-def word_span(ids: Sequence[int], null_ids: Sequence[int]) -> tuple[int, int]:
+def word_span(ids: Sequence[int], null: Sequence[int]) -> tuple[int, int]:
     """Where the words of a prompt begin and end among its tokens; of several encoders, the first's.
 
     Args:
         ids: of the prompt.
-        null_ids: of the null prompt, which shows what stands around the words: some tokenizers put
-            a token in front, some one behind, some pad with the end token and some don't.
+        null: of the null prompt, which shows what stands around the words: some tokenizers put a
+            token in front, some one behind, some pad with the end token and some don't, and a
+            prompt that fills its window isn't padded at all.
     """
-    own, null = _streams(ids)[0], _streams(null_ids)[0]
-    count = max(0, content_length(own) - content_length(null))
-    begin = next((i for i, (a, b) in enumerate(zip(own, null, strict=False)) if a != b), len(null))
-    return min(begin, len(own)), min(begin + count, len(own))
+    own, null = _streams(ids)[0], _streams(null)[0]
+    begin = _begin(own, null)
+    return begin, _end(own, null, begin)
+
+
+def _begin(ids: Sequence[int], null: Sequence[int]) -> int:
+    """How many tokens stand before the words; all of a null prompt's."""
+    shared = min(len(ids), len(null))
+    return next((place for place in range(shared) if ids[place] != null[place]), shared)
+
+
+def _end(ids: Sequence[int], null: Sequence[int], begin: int) -> int:
+    """Where what the null prompt has behind its words begins: its end token, then padding.
+
+    Of the padding there is as much as there is room for.
+    """
+    closing = list(null[begin:])
+    for place in range(begin, len(ids)):
+        if closing and ids[place] == closing[0]:
+            rest = list(ids[place:])
+            if rest == closing[: len(rest)]:
+                return place
+    return len(ids)

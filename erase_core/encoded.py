@@ -12,6 +12,7 @@ from .alignment import align_tokens, content_length, word_span
 from .closed_form import TokenEdit
 from .denoiser import Denoiser, Encoded
 from .prompts import PromptPair, prompt_pairs, with_article
+from .readable import check_named, check_phrases
 from .settings import EraseSettings
 from .states import EncodedPair
 
@@ -30,6 +31,7 @@ class EncodedPrompts:
             prompts nobody named.
         subjects: for each concept in a plain phrase the rows of its last token and of the prompt's
             end, (2, width).
+        warnings: what a person should know about texts that the encoder doesn't read as meant.
     """
 
     pairs: list[EncodedPair]
@@ -39,6 +41,7 @@ class EncodedPrompts:
     keep: list[tuple[str, Encoded]]
     plain: list[Encoded] = field(default_factory=list)
     subjects: list[Tensor] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def held(self) -> list[Encoded]:
@@ -56,12 +59,16 @@ def encode_prompts(settings: EraseSettings, denoiser: Denoiser) -> EncodedPrompt
     """Encode the prompts of a run, each text once, as the host will when it samples.
 
     Raises:
-        SettingsError: prompts that contradict each other.
+        SettingsError: prompts that contradict each other, or that can't be read, see
+            :mod:`.readable`.
+        SubspaceError: a text encoder that gives no finite numbers.
     """
-    texts = _Texts(denoiser)
-    asked = [_Asked.of(pair, texts) for pair in prompt_pairs(settings)]
+    texts, pairs = _Texts(denoiser), prompt_pairs(settings)
+    warnings = check_named(settings, texts)
+    asked = [_Asked.of(pair, texts) for pair in pairs]
     plain = [f"a photo of {with_article(concept.text)}" for concept in settings.concepts]
     texts.encode([*(text for one in asked for text in one.texts()), *plain])
+    warnings += check_phrases(settings, pairs, texts)
     return EncodedPrompts(
         pairs=[
             EncodedPair(texts.encoded[one.erased], texts.encoded[one.alternative], one.concept)
@@ -71,10 +78,11 @@ def encode_prompts(settings: EraseSettings, denoiser: Denoiser) -> EncodedPrompt
             _edit([one for one in asked if one.concept == concept], texts, settings.eta)
             for concept in range(len(settings.concepts))
         ],
-        null=denoiser.encode([""])[0],
-        negatives=denoiser.encode(settings.negative_prompts),
-        keep=list(zip(settings.keep, denoiser.encode(settings.keep), strict=True)),
+        null=texts.encoded[""],
+        negatives=[texts.encoded[text] for text in settings.negative_prompts],
+        keep=[(text, texts.encoded[text]) for text in settings.keep],
         subjects=[texts.subject(text) for text in plain],
+        warnings=warnings,
     )
 
 
@@ -88,9 +96,12 @@ class _Texts:
 
     def length(self, text: str) -> int:
         """How many tokens a text has before its end token."""
+        return content_length(self._ids_of(text), self._ids_of(""))
+
+    def _ids_of(self, text: str) -> list[int]:
         if text not in self.ids:
             (self.ids[text],) = self._denoiser.token_ids([text])
-        return content_length(self.ids[text])
+        return self.ids[text]
 
     def as_long_as(self, text: str, candidates: Sequence[str]) -> str:
         """The first candidate with the same number of tokens, or the nearest to it."""
@@ -105,7 +116,7 @@ class _Texts:
         new = list(dict.fromkeys(text for text in texts if text not in self.encoded))
         self.encoded.update(zip(new, self._denoiser.encode(new), strict=True))
         for text in new:
-            self.length(text)
+            self._ids_of(text)
 
     def rows(self, text: str) -> Tensor:
         """Token embeddings of a text, (tokens, width)."""
@@ -114,15 +125,13 @@ class _Texts:
     def subject(self, text: str) -> Tensor:
         """Rows of a text's last token and of its end, (2, width)."""
         rows = self.rows(text)
-        self.length("")
-        _, end = word_span(self.ids[text], self.ids[""])
+        _, end = word_span(self._ids_of(text), self._ids_of(""))
         return rows[[min(end - 1, len(rows) - 1), min(end, len(rows) - 1)]]
 
     def roles(self, text: str, other: str) -> list[int]:
         """For each row of a text, the row of the other that plays its part."""
-        # An encoder that isn't there leaves ids without rows.
-        own, others = (self.ids[one][: len(self.rows(one))] for one in (text, other))
-        return align_tokens(own, others)
+        # A host may give tokens that its encoder keeps to itself.
+        return align_tokens(*(self.ids[one][: len(self.rows(one))] for one in (text, other, "")))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ class Family:
             can't be repeated without counting more.
         adds_in_place: whether the host's layers overwrite what a backward needs.
         token_streams: the host's names of the tokenizers whose tokens lie one after the other in
-            an encoded prompt; empty for the first, where they lie side by side.
+            an encoded prompt; of those that lie side by side, in one entry, the first that is there
+            stands for all. Empty where there is but one.
         defaults: settings that are put over those of the preset.
         notes: what a person should know about erasing on it, for the report.
         readers_known: whether :func:`layers.reads_prompt` can be believed about its matrices.
@@ -38,7 +39,7 @@ class Family:
     pooled_matrix: str = ""
     joint: bool = False
     adds_in_place: bool = False
-    token_streams: tuple[str, ...] = ()
+    token_streams: tuple[tuple[str, ...], ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     readers_known: bool = True
@@ -68,6 +69,7 @@ SDXL = Family(
     "sdxl_base_v1-0",
     pooled=True,
     pooled_matrix="lora_unet_label_emb_0_0",
+    token_streams=(("l", "g"),),
     defaults={"resolution": 1024},
 )
 
@@ -83,7 +85,7 @@ SD3 = Family(
     pooled=True,
     pooled_matrix="lora_unet_y_embedder_mlp_0",
     joint=True,
-    token_streams=("l", "t5xxl"),
+    token_streams=(("l", "g"), ("t5xxl",)),
     defaults=_JOINT,
     notes=(_EXPERIMENTAL,),
 )
@@ -96,7 +98,7 @@ FLUX = Family(
     pooled_matrix="lora_unet_vector_in_in_layer",
     joint=True,
     adds_in_place=True,
-    token_streams=("t5xxl",),
+    token_streams=(("t5xxl",),),
     defaults={**_JOINT, "guidance_scale": 1.0},
     notes=(_EXPERIMENTAL,),
 )

@@ -21,7 +21,7 @@ from torch import Tensor
 from .alignment import word_span
 from .denoiser import Denoiser, Encoded
 from .digest import Digest
-from .prompts import with_article
+from .prompts import said, with_article
 from .record import VERSION
 
 ENCODE_BATCH = 16
@@ -93,10 +93,13 @@ def spread(items: Sequence[str], count: int) -> list[str]:
 
 
 def naming(captions: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """Those captions in which one of the texts stands as words of its own, also with a plural s."""
-    words = "|".join(re.escape(text) for text in texts)
+    """Those captions in which one of the texts stands as words of its own, also with a plural s.
+
+    Both are taken as they are read: what is emphasis in them doesn't count.
+    """
+    words = "|".join(re.escape(said(text)) for text in texts)
     pattern = re.compile(rf"(?<!\w)(?:{words})s?(?!\w)", re.IGNORECASE)
-    return [caption for caption in captions if pattern.search(caption)]
+    return [caption for caption in captions if pattern.search(said(caption))]
 
 
 def shrunk(moment: Tensor, share: float = SHRINKAGE) -> Tensor:

@@ -5,6 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
+# Where the prompt enters an architecture that refines it before anything reads it.
+ENTRANCES = (
+    "*_context_embedder",
+    "*_txt_in",
+    "*_txt_in_input_embedder",
+    "*_cond_seq_linear",
+    "*_cap_embedder_1",
+    "*_caption_projection_linear_1",
+    "*_text_embedding_0",
+    "*_t5_yproj",
+    "*_y_embedder_y_proj_fc1",
+)
+
 LAYER_RULES: dict[str, tuple[str, ...]] = {
     "key-value": ("*_attn2_to_k", "*_attn2_to_v"),
     "cross-attention": ("*_attn2_to_*",),
@@ -35,16 +48,7 @@ LAYER_RULES: dict[str, tuple[str, ...]] = {
         "*_double_layers_*_attn_w1k",
         "*_double_layers_*_attn_w1v",
         "*_context_refiner_*_attention_qkv",
-        # where the prompt enters
-        "*_context_embedder",
-        "*_txt_in",
-        "*_txt_in_input_embedder",
-        "*_cond_seq_linear",
-        "*_cap_embedder_1",
-        "*_caption_projection_linear_1",
-        "*_text_embedding_0",
-        "*_t5_yproj",
-        "*_y_embedder_y_proj_fc1",
+        *ENTRANCES,
     ),
 }
 

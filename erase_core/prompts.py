@@ -217,12 +217,13 @@ _SINGULARS = frozenset(
 def with_article(concept: str) -> str:
     """The concept as it stands in a sentence: "a cat", "an hourglass"; names and plurals stay bare.
 
-    The first word decides whether it is "a" or "an", the last one whether it is a plural.
+    The first word decides whether it is "a" or "an", the last one whether it is a plural. A
+    textual inversion is a name.
     """
-    words = concept.split()
+    words = said(concept).split()
     first, last = words[0].casefold(), words[-1].casefold()
     is_tag = "_" in concept or "\\" in concept
-    is_name = concept[:1].isupper()
+    is_name = words[0][:1].isupper() or "embedding:" in concept
     ends_like_one = last.endswith("s") and not last.endswith(("ss", "us", "is"))
     is_plural = last in _PLURALS or (ends_like_one and last not in _SINGULARS)
     if is_tag or is_name or is_plural or first in _DETERMINERS:
@@ -236,12 +237,38 @@ _DETERMINERS = frozenset(
 )
 
 
+# The word that style templates add themselves, also within brackets and before a weight.
+_STYLE_AT_END = re.compile(r"\s+style(?=\s*(?::[-+.\s\d]*)?[)\]]*$)", re.IGNORECASE)
+# What a host reads as emphasis: brackets that aren't escaped, and a weight before the closing one.
+_EMPHASIS = re.compile(r"(?<!\\)[(\[]|(?::\s*[-+.\d][-+.\de]*\s*)?(?<!\\)[)\]]", re.IGNORECASE)
+_ARTICLE = re.compile(r"(?:an?|the)\s+(?=\S)")
+
+
 def _bare(kind: str, concept: str) -> str:
     """A style without the word "style", which the templates add themselves."""
-    words = concept.split()
-    if kind == "style" and len(words) > 1 and words[-1].casefold() == "style":
-        return " ".join(words[:-1])
+    if kind == "style" and _STYLE_AT_END.search(concept):
+        return " ".join(_STYLE_AT_END.sub("", concept).split())
     return concept
+
+
+def said(text: str) -> str:
+    """A prompt's words as they are read: without emphasis, and without underscores for spaces.
+
+    Brackets that belong to a tag keep their backslash, so that they stay apart from emphasis.
+    """
+    words = " ".join(_EMPHASIS.sub("", text).replace("_", " ").split())
+    return words if re.search(r"\w", words) else text
+
+
+def name_of(text: str, kind: str = "") -> str:
+    """What prompts that name a concept call it: its words as the templates use them.
+
+    Args:
+        text: the concept, or what takes its place.
+        kind: of the concept.
+    """
+    name = said(_bare(kind, text))
+    return name if kind == "person" else _ARTICLE.sub("", name, count=1)
 
 
 def _escaped(text: str) -> str:

@@ -26,7 +26,7 @@ from .language import Reading, pooled_moment, read_language
 from .measure import CountedDenoiser, movement_on
 from .plan import STOP_EVERY, STOP_STATES, planned_cost, trajectory_counts, tried_states
 from .pooled import PooledEdit
-from .prompts import prompt_warnings
+from .prompts import name_of, prompt_warnings
 from .protection import HARM, LEAST_GAIN, RIDGES, Choice, strongest_that_moves
 from .record import NO_HELP, NO_TRAINING, STOPPED, TRAINED, VERSION, WORSE
 from .settings import EraseSettings
@@ -104,13 +104,16 @@ class Run:
     @property
     def erased(self) -> list[str]:
         """What is erased; protected, it would hold back what is to move."""
-        return [concept.text for concept in self.settings.concepts]
+        return [name_of(c.text, self.settings.kind_of(c)) for c in self.settings.concepts]
 
     @property
     def spoken(self) -> list[str]:
         """What is erased and what takes its place: no words that nobody named."""
-        concepts = self.settings.concepts
-        return [*self.erased, *(c.alternative for c in concepts if c.alternative)]
+        concepts, kind_of = self.settings.concepts, self.settings.kind_of
+        return [
+            *self.erased,
+            *(name_of(c.alternative, kind_of(c)) for c in concepts if c.alternative),
+        ]
 
     def held_out_states(self, prompts: EncodedPrompts) -> Iterator[Progress]:
         """States to check on; None where nothing is sampled."""
@@ -325,6 +328,7 @@ class Run:
                 *harm_warnings(settings, measures, others),
                 *training_warnings(settings, self.training),
                 *unknown_warnings(unknown),
+                *prompts.warnings,
                 *prompt_warnings(settings),
             ],
             "training": self.training,

@@ -18,6 +18,10 @@ from torch import Tensor
 
 KEEP_FLOOR = 0.25
 REFUSE_BELOW = 0.10
+NOT_FINITE = (
+    "The text encoder's embeddings contain NaN or infinity. Load the CLIP in fp32 or bf16, and "
+    "check that it encodes ordinary prompts."
+)
 
 
 class SubspaceError(ValueError):
@@ -132,10 +136,7 @@ def leakage(basis: Tensor, tokens: Tensor) -> float:
 def _checked(rows: Tensor) -> Tensor:
     size = float(rows.square().sum())
     if not isfinite(size):
-        raise SubspaceError(
-            "The text encoder's embeddings contain NaN or infinity. Load the CLIP in fp32 or bf16, "
-            "and check that it encodes ordinary prompts."
-        )
+        raise SubspaceError(NOT_FINITE)
     if size == 0:
         raise SubspaceError(
             "The text encoder gives the concept and its alternative the same embeddings, so there "

@@ -32,7 +32,7 @@ from .language import (
     second_moment,
 )
 from .layers import reads_prompt
-from .prompts import prompt_pairs
+from .prompts import name_of, prompt_pairs
 from .settings import EraseSettings, preset_settings
 from .texts import KINDS, Concept, SettingsError, same_text
 
@@ -134,7 +134,7 @@ def changes_together(
     if not readers or any(weight.shape[1] != width for weight in readers.values()):
         return None
     concepts = [concept for record in records for concept in _concepts_of(record)]
-    spoken = [text for c in concepts for text in (c.text, c.alternative) if text]
+    spoken = [name_of(text, c.kind) for c in concepts for text in (c.text, c.alternative) if text]
     others = Others(spoken, language, Metric.of(readers, language.moment))
     if not others.witnesses.texts:
         return None
@@ -292,7 +292,9 @@ def _erased_by_others(text: str, records: Sequence[Mapping[str, Any]]) -> list[s
     """Concepts that a kept prompt names, but for those of an erasure that keeps it itself."""
     named, allowed = [], set()
     for record in records:
-        concepts = [c.text for c in _concepts_of(record) if naming([text], [c.text])]
+        concepts = [
+            c.text for c in _concepts_of(record) if naming([text], [name_of(c.text, c.kind)])
+        ]
         named += concepts
         if any(same_text(text, own) for own in _texts([record], "keep")):
             allowed.update(concept.casefold() for concept in concepts)

@@ -14,10 +14,11 @@ from ..erase_core.formats import kohya_tensors
 from ..erase_core.layers import LayerRuleError, reads_prompt
 from ..erase_core.measure import key_value_drift
 from ..erase_core.together import changes_together
-from .encoding import encode_prompts
+from .encoding import encode_null
 from .exact import add_side_path
 from .families import UnsupportedModelError
 from .host import ComfyDenoiser
+from .kinds import misfit
 from .matrices import is_base_of, known_matrices, kohya_keys, original_weights
 from .messages import show_progress_text, upstream_file, warn
 from .refusals import check_choice, refusal
@@ -165,8 +166,11 @@ def mismatches(model, erasure: Erasure, clip, name: str) -> list[str]:
             f"this model is {name or 'a different one'}. It may erase less and change more."
         )
     if clip is not None:
-        null = encode_prompts(clip, [""])[0].tokens
-        if not same_fingerprint(erasure.record["text_encoder"], fingerprint({"null": null})):
+        encoded = encode_null(clip)
+        null, misfits = encoded.tokens, misfit(model, encoded)
+        if misfits:
+            warnings.append(misfits)
+        elif not same_fingerprint(erasure.record["text_encoder"], fingerprint({"null": null})):
             keys = _matching_keys(model, erasure)
             readers = {name: key for name, key in keys.items() if reads_prompt(name)}
             text = f"The erasure of {erasure.concept!r} was made with another text encoder: "

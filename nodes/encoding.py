@@ -37,6 +37,11 @@ def refuse_hooks(clip) -> None:
         )
 
 
+def encode_null(clip) -> Encoded:
+    """The empty prompt, with its pooled vector where the text encoder gives one."""
+    return _encode_tokens(clip, clip.tokenize(""), pooled=None)
+
+
 def encode_prompts(
     clip, prompts: Sequence[str], together: bool = False, pooled: bool = False
 ) -> list[Encoded]:
@@ -59,7 +64,8 @@ def encode_prompts(
     return [Encoded(part) for part in parts]
 
 
-def _encode_tokens(clip, tokens: Mapping[str, Any], pooled: bool) -> Encoded:
+def _encode_tokens(clip, tokens: Mapping[str, Any], pooled: bool | None) -> Encoded:
+    """With the pooled vector or without; None is with it if there is one."""
     comfy.model_management.throw_exception_if_processing_interrupted()
     # The encoder's weights are inference tensors: run it as the host does, copy what comes out.
     with torch.inference_mode():
@@ -69,5 +75,6 @@ def _encode_tokens(clip, tokens: Mapping[str, Any], pooled: bool) -> Encoded:
             "The connected text encoder gives no pooled vector, which this model needs. Connect "
             "the CLIP that belongs to the model."
         )
-    kept = [rows, vector] if pooled else [rows]
+    with_vector = vector is not None if pooled is None else pooled
+    kept = [rows, vector] if with_vector else [rows]
     return Encoded(*(part[0].float().cpu().clone() for part in kept))

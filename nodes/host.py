@@ -16,7 +16,6 @@ from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
 from ..erase_core.activations import BlockRun
-from ..erase_core.alignment import STREAM_IDS
 from ..erase_core.denoiser import (
     Encoded,
     LowRankEdit,
@@ -36,8 +35,10 @@ from .families import (
 )
 from .identity import model_identity
 from .inplace import OutOfPlace
+from .kinds import refuse_another_kind
 from .matrices import base_fingerprint, trained_keys
 from .packed import as_numbers, like
+from .tokens import row_ids
 from .vocabulary import vocabulary
 
 # A training step keeps activations that inference frees; the host moves other models out of the
@@ -62,7 +63,8 @@ class ComfyDenoiser:
         layers: which matrices train, see :mod:`erase_core.layers`; None for the family's own.
 
     Raises:
-        UnsupportedModelError: a model that can't be trained on, or a CLIP with hooks.
+        UnsupportedModelError: a model that can't be trained on, a CLIP with hooks or of another
+            kind than the model.
         LayerRuleError: a layer rule that matches nothing.
     """
 
@@ -78,6 +80,8 @@ class ComfyDenoiser:
         self._family = trainable_family(model)
         refuse_hooks(clip)
         self.family = self._family.name
+        if clip is not None:
+            refuse_another_kind(model, clip)
         if not self._family.readers_known:
             refuse_if_it_takes_more(model, clip, self._family)
         self.base = {"name": base_name, "fingerprint": base_fingerprint(model)}
@@ -127,21 +131,11 @@ class ComfyDenoiser:
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """See :class:`erase_core.denoiser.Denoiser`."""
-        return [self._stream_ids(self._clip.tokenize(prompt)) for prompt in prompts]
-
-    def _stream_ids(self, tokens: Mapping[str, Any]) -> list[int]:
-        """Ids in the order of the rows; streams that follow one another share none."""
-        streams = [name for name in self._family.token_streams if name in tokens]
-        return [
-            token[0] + number * STREAM_IDS
-            for number, name in enumerate(streams or [next(iter(tokens))])
-            for section in tokens[name]
-            for token in section
-        ]
+        return [row_ids(self._clip, prompt, self._family.token_streams) for prompt in prompts]
 
     def vocabulary(self) -> list[str]:
         """The words that the text encoder has tokens for, see :func:`vocabulary.vocabulary`."""
-        return vocabulary(self._clip, self._family.token_streams)
+        return vocabulary(self._clip, [*itertools.chain(*self._family.token_streams)])
 
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
         """See :class:`erase_core.denoiser.Denoiser`."""

@@ -162,7 +162,7 @@ def _as_long(denoiser: Any, pair: Any) -> str:
 def _peer(train: Callable[..., Any], phrased: bool) -> Callable[..., Trained]:
     def run(world: World, denoiser: Any, case: Case, settings: Mapping[str, Any]) -> Trained:
         given = PeersDenoiser(denoiser)
-        asked = PhrasedCase.of(case, given) if phrased else BareCase(case.text, case.kind)
+        asked = PhrasedCase.of(case, denoiser) if phrased else BareCase(case.text, case.kind)
         moment, words = caption_moment(world, given), retained(given, case)
         with (
             patch.object(oce, "language_moment", lambda *_: moment),

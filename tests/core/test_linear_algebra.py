@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from concept_surgery.erase_core.alignment import STREAM_IDS, align_tokens
+from concept_surgery.erase_core.alignment import (
+    STREAM_IDS,
+    align_tokens,
+    content_length,
+    word_span,
+)
 from concept_surgery.erase_core.closed_form import (
     FLOOR,
     MOST_COLUMNS,
@@ -311,7 +316,7 @@ START, END = 1, 2
     ],
 )
 def test_tokens_are_aligned_by_role(erased, alternative, expected):
-    assert align_tokens(erased, alternative) == expected
+    assert align_tokens(erased, alternative, [START, *[END] * 5]) == expected
 
 
 def test_the_tokens_of_each_encoder_are_aligned_among_themselves():
@@ -319,7 +324,52 @@ def test_the_tokens_of_each_encoder_are_aligned_among_themselves():
     raised = [STREAM_IDS + token for token in (7, 3, 2, 0, 0)], [STREAM_IDS + 7, STREAM_IDS + 2]
     erased = [START, 5, 6, END, END, *raised[0]]
     alternative = [START, 6, END, END, *raised[1], *[STREAM_IDS] * 3]
-    assert align_tokens(erased, alternative) == [0, 2, 1, 2, 3, 4, 6, 5, 6, 7]
+    null = [START, *[END] * 3, STREAM_IDS + 2, *[STREAM_IDS] * 4]
+    # The end token of the second encoder is 2, and its padding 0: what goes becomes the end.
+    assert align_tokens(erased, alternative, null) == [0, 2, 1, 2, 3, 4, 5, 5, 6, 7]
+
+
+# Three words of which the middle one goes, in each tokenizer's surroundings: the null prompt, what
+# closes a prompt, and what stands in front.
+SURROUNDINGS = {
+    "CLIP-L": ([START, END, END, END, END], [END] * 4, [START]),
+    "CLIP-G": ([START, END, 0, 0, 0], [END, 0, 0, 0], [START]),
+    "T5": ([END, 0, 0, 0, 0], [END, 0, 0, 0, 0], []),
+    "no padding": ([END], [END], []),
+    "no end": ([START], [], [START]),
+    "padding alone": ([0, 0, 0, 0], [0, 0, 0, 0], []),
+}
+
+
+@pytest.mark.parametrize("layout", SURROUNDINGS)
+def test_what_is_left_out_becomes_the_end_whatever_the_padding(layout):
+    null, closing, front = SURROUNDINGS[layout]
+    window = len(null) if len(null) > 1 else 99
+
+    def prompt(*words):
+        return [*front, *words, *closing][: max(window, len(front) + len(words) + bool(closing))]
+
+    erased, alternative, begin = prompt(5, 6), prompt(5), len(front)
+    assert (
+        content_length(erased, null) == begin + 2 and content_length(alternative, null) == begin + 1
+    )
+    roles = align_tokens(erased, alternative, null)
+    end = min(begin + 1, len(alternative) - 1)  # without an end token the last word stands for it
+    assert roles[: begin + 2] == [*range(begin + 1), end]
+    rest = [min(end + i, len(alternative) - 1) for i in range(len(erased) - begin - 2)]
+    assert roles[begin + 2 :] == rest
+    # Taken out whole, the null prompt is what is left.
+    gone = align_tokens(prompt(6), null, null)
+    assert gone[begin] == min(begin, len(null) - 1)
+
+
+@pytest.mark.parametrize("layout", ["CLIP-L", "CLIP-G", "T5"])
+def test_a_prompt_that_fills_its_window_keeps_its_last_word(layout):
+    null, closing, front = SURROUNDINGS[layout]
+    for count in range(1, len(null) - len(front)):
+        ids = [*front, *range(5, 5 + count), *closing][: len(null)]
+        assert word_span(ids, null) == (len(front), len(front) + count)
+        assert content_length(ids, null) == len(front) + count
 
 
 def test_a_moment_of_few_captions_that_was_rounded_still_gives_a_solution():

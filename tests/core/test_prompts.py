@@ -6,13 +6,16 @@ from concept_surgery.erase_core import EraseSettings, erase, preset_settings
 from concept_surgery.erase_core.alignment import STREAM_IDS, content_length, word_span
 from concept_surgery.erase_core.denoiser import Encoded
 from concept_surgery.erase_core.encoded import encode_prompts
+from concept_surgery.erase_core.language import naming
 from concept_surgery.erase_core.prompts import (
     FILLERS,
     TEMPLATES,
     Template,
+    name_of,
     prompt_pairs,
     with_article,
 )
+from concept_surgery.erase_core.run import Run
 
 from .toy import ToyDenoiser
 
@@ -46,6 +49,12 @@ from .toy import ToyDenoiser
         ("two owls", "two owls"),
         ("my owl", "my owl"),
         ("an owl", "an owl"),
+        ("(owl:1.3)", "an (owl:1.3)"),
+        ("((Picasso))", "((Picasso))"),
+        ("(black cats:0.8)", "(black cats:0.8)"),
+        ("embedding:mycat", "embedding:mycat"),
+        ("(embedding:owl:1.2)", "(embedding:owl:1.2)"),
+        ("()", "a ()"),
     ],
 )
 def test_articles_are_as_spoken_and_plurals_have_none(concept, expected):
@@ -84,6 +93,52 @@ def test_a_style_is_not_said_twice_in_neutral_prompts():
     assert pairs[0].neutral[0] == pairs[0].neutral_alternative[0] == "plain style"
 
 
+@pytest.mark.parametrize(
+    "text, kind, name",
+    [
+        ("watercolor style", "style", "watercolor"),
+        ("Watercolor  Style", "style", "Watercolor"),
+        ("(watercolor style:1.2)", "style", "watercolor"),
+        ("style", "style", "style"),
+        ("hair style", "object", "hair style"),
+        ("(cat:1.3)", "object", "cat"),
+        ("((cat))", "object", "cat"),
+        ("[cat]", "object", "cat"),
+        ("(fire:1.2) truck", "object", "fire truck"),
+        ("a cat", "object", "cat"),
+        ("the (owl: 0.7)", "object", "owl"),
+        ("The Rock", "person", "The Rock"),
+        ("the rock", "person", "the rock"),
+        ("an", "object", "an"),
+        ("saber \\(fate\\)", "tags", "saber \\(fate\\)"),
+        ("cat_ears", "tags", "cat ears"),
+        (":)", "tags", ":)"),
+        ("embedding:my_cat", "object", "embedding:my cat"),
+    ],
+)
+def test_the_name_of_a_concept_is_what_other_prompts_call_it(text, kind, name):
+    assert name_of(text, kind) == name
+    pair = prompt_pairs(EraseSettings(concepts=text, kind=kind))[0]
+    # What the templates say of it is that name and nothing more, with the user's emphasis.
+    assert naming([pair.erased], [name])
+
+
+def test_prompts_that_name_it_are_not_protected_however_it_is_written():
+    captions = ["a harbour in watercolor", "a (black:1.2) cat, asleep", "blue_hair, solo", "a boat"]
+    for text, kind, expected in (
+        ("watercolor style", "style", captions[:1]),
+        ("(black cat:1.3)", "object", captions[1:2]),
+        ("the cat", "object", captions[1:2]),
+        ("blue hair", "tags", captions[2:3]),
+    ):
+        assert naming(captions, [name_of(text, kind)]) == expected
+    settings = EraseSettings(
+        concepts="watercolor style => (oil style:1.1)\n(cat:1.3)", kind="style"
+    )
+    run = Run(settings, ToyDenoiser())
+    assert run.erased == ["watercolor", "cat"] and run.spoken == [*run.erased, "oil"]
+
+
 BEGIN, END, PAD = 49406, 49407, 0
 # Ids of a prompt of two words and of the null prompt, and where the words are.
 LAYOUTS = {
@@ -110,9 +165,11 @@ def test_the_words_are_found_among_what_stands_around_them(layout):
 
 
 def test_the_content_ends_where_the_padding_begins():
-    assert content_length([BEGIN, 5, 6, END, END, END]) == 3
-    assert content_length([5, 6, 1]) == 2  # the end token of those without padding
-    assert content_length([BEGIN, END]) == 1
+    assert content_length([BEGIN, 5, 6, END, END, END], [BEGIN, *[END] * 5]) == 3
+    assert content_length([5, 6, 1], [1]) == 2  # the end token of those without padding
+    assert content_length([BEGIN, 5, END], [BEGIN, END, END]) == 2  # the window is full
+    ids, null, _ = LAYOUTS["several"]
+    assert content_length(ids, null) == 6  # before the end of the last encoder's
 
 
 def encoded(concepts, denoiser=None, templates="a photo of {}, ink", **values):
