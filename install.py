@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-NEEDED = ("torch", "safetensors", "einops", "transformers")
+NEEDED = ("torch", "safetensors", "numpy")
 
 missing = [name for name in NEEDED if find_spec(name) is None]
 if missing:

@@ -23,9 +23,7 @@ FAMILIES = (
     (families.FLUX, comfy.supported_models.Flux, comfy.model_base.Flux),
 )
 # Kin of one of them by its configuration, but another network.
-_OTHER_NETWORKS = tuple(
-    getattr(comfy.model_base, name) for name in ("Flux2",) if hasattr(comfy.model_base, name)
-)
+_OTHER_NETWORKS = (comfy.model_base.Flux2,) if hasattr(comfy.model_base, "Flux2") else ()
 # Pixels a latent's pixel is wide, where it isn't 8; hosts of 2026 say it themselves.
 _LATENT_PIXELS = {
     "LTXV": 32,

@@ -7,13 +7,14 @@ import os
 from pathlib import Path
 
 import folder_paths
-from comfy_api.v0_0_2 import io, ui
+from comfy_api.v0_0_2 import io
 
 from ..erase_core import Erasure, ErasureFileError
 from ..erase_core.disk import remove_abandoned
 from ..erase_core.filenames import path_problem
 from ..erase_core.formats import RECORD_KEY
 from ..erase_core.report import report_text
+from .messages import preview, shown
 from .schema import CATEGORY, ErasureType, compatible
 
 FOLDER = "loras"
@@ -72,7 +73,7 @@ class SaveErasure(io.ComfyNode):
         """Write the file and show where it is."""
         erasure = erasure if pooled_vector else erasure.without_pooled()
         path = save_erasure(erasure, _loras(), filename)
-        return io.NodeOutput(str(path), ui=ui.PreviewText(f"Saved {path.name} in {path.parent}"))
+        return io.NodeOutput(str(path), ui=preview(f"Saved {path.name} in {path.parent}"))
 
 
 class LoadErasure(io.ComfyNode):
@@ -110,7 +111,7 @@ class LoadErasure(io.ComfyNode):
     def execute(cls, filename: str) -> io.NodeOutput:
         """Read and check the file."""
         erasure = Erasure.load(Path(folder_paths.get_full_path_or_raise(FOLDER, filename)))
-        return io.NodeOutput(erasure, report_text(erasure.record))
+        return io.NodeOutput(erasure, shown(report_text(erasure.record)))
 
 
 def save_erasure(erasure: Erasure, folder: Path, filename: str) -> Path:

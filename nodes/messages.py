@@ -3,16 +3,46 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from comfy_api.v0_0_2 import ui
+
 FILE_INPUTS = ("ckpt_name", "unet_name")
+
+# Control characters, halves of a surrogate pair (no encoder takes them), and those that turn the
+# direction of what follows.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+# Where a character that takes no space keeps a front end from reading markup: a tag, an entity,
+# [[label|url]] and the name that a link has meanwhile, an address, a link or picture in Markdown.
+# Entities would not do: front end 1.32 puts the text into innerHTML, 1.49 cleans that of all tags
+# but links, and 1.58 escapes it itself and would show them.
+_MARKUP = re.compile(
+    r"[<&](?=[\w/!?#])|\[(?=\[)|\](?=[(\[:])|_(?=_)|:(?=//)|\bwww(?=\.)", re.IGNORECASE
+)
+_APART = "\N{WORD JOINER}"
 
 
 def warn(message: str, node_id: str | None) -> None:
     """A warning in the log and, where the host can, under the node."""
-    logging.warning("Concept Surgery: %s", message)
+    logging.warning("Concept Surgery: %s", " ".join(_printable(message).split("\n")))
     _send_text(message, node_id)
+
+
+def shown(text: str) -> str:
+    """A text that a front end may show: it reads the same, and none of it is read as markup.
+
+    Names of concepts, prompts and files come from a workflow or a file that someone else made.
+    """
+    return _MARKUP.sub(lambda found: found[0] + _APART, _printable(text))
+
+
+def preview(text: str) -> ui.PreviewText:
+    """A text among a node's outputs that a front end shows."""
+    return ui.PreviewText(shown(text))
 
 
 def show_progress_text(stage: str, loss: float | None, node_id: str | None) -> None:
@@ -40,6 +70,10 @@ def upstream_file(prompt: Mapping[str, Any] | None, node_id: str | None, name: s
     return ""
 
 
+def _printable(text: str) -> str:
+    return _UNPRINTABLE.sub(_REPLACEMENT, text)
+
+
 def _send_text(text: str, node_id: str | None) -> None:
     if node_id is None:
         return
@@ -47,4 +81,4 @@ def _send_text(text: str, node_id: str | None) -> None:
 
     server = getattr(PromptServer, "instance", None)
     if hasattr(server, "send_progress_text"):
-        server.send_progress_text(text, node_id)
+        server.send_progress_text(shown(text), node_id)

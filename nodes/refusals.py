@@ -12,7 +12,7 @@ from collections import OrderedDict
 from typing import Any
 
 from ..erase_core import SettingsError
-from .messages import warn
+from .messages import shown, warn
 
 REMEMBERED = 256  # sentences, of graphs that are being answered
 _FAILED = "custom_validation_failed"
@@ -31,7 +31,7 @@ def refusal(error: ValueError, node: Any, only_input: str = "") -> str:
         only_input: the input that it is about, where the error doesn't say.
     """
     setting = getattr(error, "setting", "")
-    text = str(error)
+    text = shown(str(error))
     _input_of[text] = _INPUTS.get(setting, setting) or only_input
     while len(_input_of) > REMEMBERED:
         _input_of.popitem(last=False)

@@ -14,7 +14,7 @@ from ..erase_core.plan import cost_warning
 from ..erase_core.report import report_text
 from .families import trainable_family
 from .host import ComfyDenoiser, left_out_of_training
-from .messages import show_progress_text, upstream_file, warn
+from .messages import show_progress_text, shown, upstream_file, warn
 from .results import ResultStore
 from .store import LanguageStore
 
@@ -76,4 +76,4 @@ def report_of(finished: Finished, model, node_id: str | None, notes: Sequence[st
     notes = [*notes, *left_out_of_training(model)]
     if finished.stored:
         notes.insert(0, f"Taken from the store: trained on {record['created']}.")
-    return report_text(record, notes)
+    return shown(report_text(record, notes))

@@ -7,6 +7,7 @@ from comfy_api.v0_0_2 import io
 from ..erase_core import Erasure, SettingsError
 from ..erase_core.report import report_text
 from ..erase_core.texts import concept_names
+from .messages import shown
 from .refusals import refusal
 from .schema import CATEGORY, ErasureType, compatible
 
@@ -62,7 +63,7 @@ class TakeConceptsOut(io.ComfyNode):
     def execute(cls, erasure: Erasure, concepts: str) -> io.NodeOutput:
         """Leave the columns of the named concepts away."""
         smaller = erasure.without(named_concepts(concepts))
-        return io.NodeOutput(smaller, report_text(smaller.record))
+        return io.NodeOutput(smaller, shown(report_text(smaller.record)))
 
 
 def named_concepts(given: str) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
-"""``python -m tools setup|demo|test``: each sets up what it needs first.
+"""``python -m tools setup|demo|test|publishable``: each sets up what it needs first.
 
-Runs with any Python from 3.10 on and the standard library; demo and tests then run again in
+Runs with any Python from 3.10 on and the standard library; all but setup then run again in
 ``build/venv``.
 """
 
@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "test":
             return _test(python, rest)
         if not inside_venv():
-            return _call([python, "-m", "tools", "demo", "--threads", str(options.threads)])
+            return _call([python, "-m", "tools", *(arguments or sys.argv[1:])])
+        if options.command == "publishable":
+            return _publishable()
         from tools.demo import run_demo
 
         run_demo(options.threads)
@@ -55,11 +57,25 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
     commands.add_parser("setup", help="make build/venv and build/host")
     demo = commands.add_parser("demo", help="train an erasure and draw before and after")
     demo.add_argument("--threads", type=int, default=2, help="processor threads for the host")
+    commands.add_parser("publishable", help="say what keeps the pack from being published")
     commands.add_parser("test", help="run the tests; further arguments go to pytest")
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "test":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return options, [argument for argument in rest if argument != "--"]
+
+
+def _publishable() -> int:
+    from tools.published import problems, published_files
+
+    found = problems(ROOT)
+    for problem in found:
+        print(problem)
+    if found:
+        print("Not publishable yet: mend or fill in what is listed above.")
+        return 1
+    print(f"Publishable: {len(published_files(ROOT))} files, nothing missing.")
+    return 0
 
 
 def _test(python: str, arguments: Sequence[str]) -> int:

@@ -229,6 +229,11 @@ class ComfyHost:
             self._check_alive()
             raise HostError(f"the host does not answer {path}: {error}") from error
 
+    @property
+    def url(self) -> str:
+        """Address of the front end."""
+        return self._url("/")
+
     def _url(self, path: str) -> str:
         return f"http://127.0.0.1:{self._port}{path}"
 

@@ -51,10 +51,12 @@ def finished(loaded, store: LanguageStore) -> Finished:
 @pytest.fixture(scope="session")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyHost]:
     """A running host with that checkpoint, the checkout and the probe pack."""
+    front_end = os.environ.get("COMFYUI_FRONT_END_FOLDER")
     host = ComfyHost(
         tmp_path_factory.mktemp("host"),
         checkpoints=[checkpoint],
         log=BUILD / "logs" / f"host-tests-{os.environ.get('PYTEST_XDIST_WORKER', 'all')}.log",
+        arguments=("--front-end-root", front_end) if front_end else (),
     )
     host.extra(PROBE_PACK)
     with host:
