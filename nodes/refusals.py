@@ -72,20 +72,17 @@ def told_once(answer: bytes) -> bytes:
 
 
 def install(server: Any) -> None:
-    """Put the answers of a running host right; without it sentences are repeated."""
-    from aiohttp import web
+    """Put the answers of the host's web server right; without it sentences are repeated."""
 
-    @web.middleware
-    async def once(request: web.Request, handler: Any) -> web.StreamResponse:
-        response = await handler(request)
-        if request.method == "POST" and request.path.endswith("/prompt"):
-            if isinstance(response, web.Response) and isinstance(response.body, bytes):
-                response.body = told_once(response.body)
-        return response
+    async def put_right(request: Any, response: Any) -> None:
+        asked_to_run = request.method == "POST" and request.path.endswith("/prompt")
+        body = getattr(response, "body", None)
+        if asked_to_run and isinstance(body, bytes):
+            response.body = told_once(body)
 
     app = getattr(server, "app", None)
-    if app is not None and not app.frozen:
-        app.middlewares.append(once)
+    if app is not None and not app.frozen:  # frozen, it takes no more of them
+        app.on_response_prepare.append(put_right)
 
 
 def _at_their_inputs(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:

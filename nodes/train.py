@@ -75,10 +75,25 @@ class TrainErasure(io.ComfyNode):
 
         The host checks the range of each number that isn't named here.
         """
-        given = {name: value for name, value in locals().items() if value is not None}
-        del given["cls"]
+        given = {
+            "erase": LINKED if erase is None else erase,
+            "replace_with": replace_with,
+            "keep": keep,
+            "negative_prompts": negative_prompts,
+            "kind": kind,
+            "preset": preset,
+            "model_type": model_type,
+            "form": form,
+            "layers": layers,
+            "templates": templates,
+            "null_score": null_score,
+            "steps": steps,
+            "trajectories": trajectories,
+            "resolution": resolution,
+            "stored_result": stored_result,
+        }
         try:
-            prompt_pairs(settings_from_widgets({"erase": LINKED, **given}))
+            prompt_pairs(settings_from_widgets({k: v for k, v in given.items() if v is not None}))
         except SettingsError as error:
             return refusal(error, cls)
         return True
