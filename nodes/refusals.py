@@ -77,8 +77,11 @@ def install(server: Any) -> None:
     async def put_right(request: Any, response: Any) -> None:
         asked_to_run = request.method == "POST" and request.path.endswith("/prompt")
         body = getattr(response, "body", None)
-        if asked_to_run and isinstance(body, bytes):
-            response.body = told_once(body)
+        if asked_to_run and isinstance(body, bytes) and body != (once := told_once(body)):
+            response.body = once
+            # Its headers are made already, of the body as it was.
+            response.headers.pop("Content-Encoding", None)
+            response.headers["Content-Length"] = str(len(once))
 
     app = getattr(server, "app", None)
     if app is not None and not app.frozen:  # frozen, it takes no more of them

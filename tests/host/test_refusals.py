@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 from concept_surgery.erase_core import SettingsError
-from concept_surgery.nodes.refusals import refusal, told_once
+from concept_surgery.nodes.refusals import install, refusal, told_once
 from concept_surgery.nodes.take_out import TakeConceptsOut
 from concept_surgery.nodes.train import TrainErasure, settings_from_widgets
 
@@ -123,3 +127,30 @@ def test_answers_about_other_things_stay_as_they_are():
     missing = {"node_errors": {"4": {"errors": [ours[0], ours[2]]}}}
     cleaned = json.loads(told_once(json.dumps(missing).encode()))
     assert cleaned["node_errors"]["4"]["errors"] == [ours[0]]
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_the_answer_is_whole_also_where_the_host_compresses_it(compressed):
+    text = refusal(SettingsError("Wrong.", "keep"), None)
+    errors = [
+        {"type": "custom_validation_failed", "details": f"{name} - {text}"}
+        | {"extra_info": {"input_name": name}}
+        for name in ("erase", "keep")
+    ]
+
+    async def answer(request: web.Request) -> web.Response:
+        response = web.json_response({"node_errors": {"4": {"errors": errors}}}, status=400)
+        if compressed:
+            response.enable_compression(web.ContentCoding.gzip)
+        return response
+
+    async def asked() -> dict:
+        app = web.Application()
+        app.router.add_post("/api/prompt", answer)
+        install(SimpleNamespace(app=app))
+        async with TestClient(TestServer(app)) as client:
+            async with client.post("/api/prompt") as response:
+                return await response.json()
+
+    found = asyncio.run(asked())
+    assert found["node_errors"]["4"]["errors"] == [errors[1]]
