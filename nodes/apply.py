@@ -14,6 +14,7 @@ from ..erase_core.formats import kohya_tensors
 from ..erase_core.layers import LayerRuleError, reads_prompt
 from ..erase_core.measure import key_value_drift
 from ..erase_core.together import changes_together
+from .downstream import weight_takers
 from .encoding import encode_prompts
 from .exact import add_side_path
 from .families import UnsupportedModelError
@@ -28,6 +29,7 @@ from .stack import (
     Applied,
     applied_to,
     harm_text,
+    left_behind_warnings,
     overlap_warnings,
     stack_text,
     together_text,
@@ -78,7 +80,8 @@ class ApplyErasure(io.ComfyNode):
                     tooltip="merge: puts the change into the weights, as a LoRA; no loss of speed. "
                     "exact: keeps it beside the weights. Choose exact on fp8, fp16 or bf16 models "
                     "when the empty prompt and the kept prompts must give identical pictures; it "
-                    "is a little slower, and a compiled model runs uncompiled.",
+                    "is a little slower, and a compiled model runs uncompiled. Nodes that save or "
+                    "merge models lose what is exact: choose merge for those.",
                 ),
                 io.Clip.Input(
                     "clip",
@@ -101,6 +104,9 @@ class ApplyErasure(io.ComfyNode):
         warnings = mismatches(model, erasure, clip, name)
         if strength:
             warnings += overlap_warnings(applied_to(model), erasure)
+        if strength and mode == EXACT:
+            takers = weight_takers(cls.hidden.prompt, cls.hidden.unique_id)
+            warnings += left_behind_warnings(erasure, takers)
         changes = None if clip is None else stack_changes(patched, clip)
         warnings += harm_text(applied_to(patched), changes)
         for warning in warnings:

@@ -94,6 +94,21 @@ def overlap_warnings(applied: Sequence[Applied], erasure: Erasure) -> list[str]:
     return warnings
 
 
+def left_behind_warnings(erasure: Erasure, takers: Sequence[str]) -> list[str]:
+    """That an erasure beside the weights doesn't reach what nodes make of the weights.
+
+    Args:
+        takers: the nodes behind it that save or merge the weights, as a person finds them.
+    """
+    if not takers:
+        return []
+    return [
+        f"Mode 'exact' keeps the erasure of {erasure.concept!r} beside the weights, and "
+        f"{', '.join(takers)} takes the weights alone: what is saved or merged there is without "
+        "it. Choose mode 'merge'."
+    ]
+
+
 def stack_text(applied: Sequence[Applied], weights: str = "float32") -> str:
     """What stays exact on a model with several erasures, in words; "" for fewer than two.
 

@@ -12,6 +12,7 @@ import comfy.sd
 import pytest
 import torch
 from comfy_api.torch_helpers.torch_compile import set_torch_compile_wrapper
+from comfy_extras.nodes_model_merging import NODE_CLASS_MAPPINGS as MERGING
 from concept_surgery.erase_core.denoiser import Encoded, LowRankEdit
 from concept_surgery.erase_core.erasure import Erasure
 from concept_surgery.nodes.apply import ApplyErasure, ApplyError, apply_erasure, stack_report
@@ -22,6 +23,8 @@ from concept_surgery.nodes.stack import Applied, applied_to, stack_text
 
 from benchmarks import application
 from benchmarks.application import DTYPES, PROMPTS, SIGMAS, predict
+from nodes import NODE_CLASS_MAPPINGS
+from tools import graphs
 
 UNMOVED = ("null", "negative", "kept exact")
 
@@ -281,6 +284,20 @@ def test_the_node_shows_what_the_stack_keeps(loaded, erasure, other, shown):
     assert text == stack_report(twice)
     assert "Exact beside all of them: the null prompt, 'a photo of a tiger'." in text
     assert "'blurry, watermark' is not exact beside 'pizza'." in text
+
+
+def test_what_is_saved_from_exact_mode_is_warned_about(loaded, erasure, shown, monkeypatch, caplog):
+    monkeypatch.setattr("nodes.NODE_CLASS_MAPPINGS", {**NODE_CLASS_MAPPINGS, **MERGING})
+    graph = graphs.loader("x.safetensors") | graphs.apply("3:5")
+    ApplyErasure.hidden.unique_id, ApplyErasure.hidden.prompt = "3:5", graph
+    ApplyErasure.execute(loaded[0], erasure, 1.0, mode="exact")
+    graph |= graphs.node("7", "CheckpointSave", model=("3:5", 0), filename_prefix="a")
+    ApplyErasure.execute(loaded[0], erasure, 1.0, mode="merge")
+    ApplyErasure.execute(loaded[0], erasure, 0.0, mode="exact")
+    assert "beside the weights" not in caplog.text
+    ApplyErasure.execute(loaded[0], erasure, 1.0, mode="exact")
+    assert "CheckpointSave (node 7) takes the weights alone" in caplog.text
+    assert "Choose mode 'merge'." in caplog.text
 
 
 def test_the_same_concept_from_two_trainings_is_warned_about(loaded, erasure, other, shown):
