@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import comfy.lora
 from comfy_api.v0_0_2 import io
+from torch import Tensor
 
 from ..erase_core import Erasure
 from ..erase_core.collateral import WordChanges
@@ -137,7 +138,7 @@ def apply_erasure(model, erasure: Erasure, strength: float, mode: str = MERGE):
         )
     keys = _matching_keys(model, erasure)
     applied = applied_to(model)
-    twice = twice_text(applied, erasure)
+    twice = twice_text(applied, erasure, _loras_on(model, keys))
     if twice:
         raise ApplyError(twice)
     patched = model.clone()
@@ -247,6 +248,27 @@ def _matching_keys(model, erasure: Erasure) -> dict[str, str]:
                 f"model {tuple(weights[name].shape)}. Load the kind of model that it was made for."
             )
     return keys
+
+
+def _loras_on(model, keys: Mapping[str, str]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """B and R of the LoRAs among the model's patches, by the erasure's names of the matrices."""
+    found = {}
+    for name, key in keys.items():
+        loras = [
+            patch[1].weights
+            for patch in model.patches.get(key, ())
+            if patch[0] and getattr(patch[1], "name", "") == "lora"
+        ]
+        changes = [_change(*weights[:3]) for weights in loras if weights[0].ndim == 2]
+        if changes:
+            found[name] = changes
+    return found
+
+
+def _change(up: Tensor, down: Tensor, alpha: float | None) -> tuple[Tensor, Tensor]:
+    """B (out, rank) and R (width, rank) of a LoRA, float32 on the CPU."""
+    scale = 1.0 if alpha is None else alpha / down.shape[0]
+    return scale * up.float().cpu(), down.flatten(1).T.float().cpu()
 
 
 def _some(names) -> str:
