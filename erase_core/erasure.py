@@ -18,6 +18,9 @@ from .families import by_name
 from .record import read_record, record_problem
 from .texts import same_text
 
+# How far the values of one change may lie apart in two places: rounding to bf16 and back is .003.
+SAME_VALUES = 0.005
+
 
 class ErasureError(ValueError):
     """Something that an erasure can't do."""
@@ -65,6 +68,28 @@ class Erasure:
             else self.identity
             for concept in self.record["concepts"]
         }
+
+    def concepts_in(self, changes: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> list[str]:
+        """Texts of the concepts that other changes of the same matrices hold too, by their values.
+
+        One matrix in which they do is enough: what else is in the changes doesn't matter, nor
+        which of the matrices they are of.
+
+        Args:
+            changes: B (out, rank) and R (width, rank) of low-rank changes, by matrix name.
+        """
+        found = []
+        for concept in self.record["concepts"]:
+            columns = slice(*concept["columns"]) if concept["columns"] else slice(None)
+            if any(self._is_held(name, columns, others) for name, others in changes.items()):
+                found.append(concept["text"])
+        return found
+
+    def _is_held(self, name: str, columns: slice, others: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        if name not in self.factors:
+            return False
+        own = self.factors[name][:, columns], self.bases[name][:, columns]
+        return any(_holds(other, own) for other in others)
 
     def _values_hash(self, columns: slice) -> str:
         digest, last = hashlib.sha256(), None
@@ -262,3 +287,27 @@ class Erasure:
         if problem:
             raise ErasureFileError(f"{name} {problem}")
         return erasure
+
+
+def _holds(change: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor]) -> bool:
+    """Whether a low-rank change has the columns of another, side by side, in B and in R.
+
+    Args:
+        change: B (out, rank) and R (width, rank).
+        part: the same of what is looked for.
+    """
+    (factor, basis), (own_factor, own_basis) = change, part
+    if factor.shape[0] != own_factor.shape[0] or basis.shape[0] != own_basis.shape[0]:
+        return False
+    if not own_factor.any():
+        return False  # nothing, which everything holds
+    largest = int(own_factor.norm(dim=0).argmax())
+    wanted = own_factor[:, largest]
+    apart = (factor - wanted[:, None]).norm(dim=0)
+    for place in (apart <= SAME_VALUES * wanted.norm()).nonzero().flatten().tolist():
+        there = slice(place - largest, place - largest + own_factor.shape[1])
+        if there.start >= 0 and there.stop <= factor.shape[1]:
+            pairs = ((factor[:, there], own_factor), (basis[:, there], own_basis))
+            if all((one - other).norm() <= SAME_VALUES * other.norm() for one, other in pairs):
+                return True
+    return False

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import comfy.lora
 from comfy_api.v0_0_2 import io
+from torch import Tensor
 
 from ..erase_core import Erasure, SettingsError
 from ..erase_core.collateral import WordChanges
@@ -14,6 +15,7 @@ from ..erase_core.formats import kohya_tensors
 from ..erase_core.layers import LayerRuleError, reads_prompt
 from ..erase_core.measure import key_value_drift
 from ..erase_core.together import changes_together
+from .downstream import weight_takers
 from .encoding import encode_null
 from .exact import add_side_path
 from .families import UnsupportedModelError
@@ -30,6 +32,7 @@ from .stack import (
     Applied,
     applied_to,
     harm_text,
+    left_behind_warnings,
     overlap_warnings,
     stack_text,
     together_text,
@@ -80,7 +83,8 @@ class ApplyErasure(io.ComfyNode):
                     tooltip="merge: puts the change into the weights, as a LoRA; no loss of speed. "
                     "exact: keeps it beside the weights. Choose exact on fp8, fp16 or bf16 models "
                     "when the empty prompt and the kept prompts must give identical pictures; it "
-                    "is a little slower, and a compiled model runs uncompiled.",
+                    "is a little slower, and a compiled model runs uncompiled. Nodes that save or "
+                    "merge models lose what is exact: choose merge for those.",
                 ),
                 io.Clip.Input(
                     "clip",
@@ -112,6 +116,9 @@ class ApplyErasure(io.ComfyNode):
         warnings = mismatches(model, erasure, clip, name)
         if strength:
             warnings += overlap_warnings(applied_to(model), erasure)
+        if strength and mode == EXACT:
+            takers = weight_takers(cls.hidden.prompt, cls.hidden.unique_id)
+            warnings += left_behind_warnings(erasure, takers)
         changes = None if clip is None else stack_changes(patched, clip)
         warnings += harm_text(applied_to(patched), changes)
         for warning in warnings:
@@ -142,7 +149,7 @@ def apply_erasure(model, erasure: Erasure, strength: float, mode: str = MERGE):
         )
     keys = _matching_keys(model, erasure)
     applied = applied_to(model)
-    twice = twice_text(applied, erasure)
+    twice = twice_text(applied, erasure, _loras_on(model, keys))
     if twice:
         raise ApplyError(twice)
     patched = model.clone()
@@ -255,6 +262,27 @@ def _matching_keys(model, erasure: Erasure) -> dict[str, str]:
                 f"model {tuple(weights[name].shape)}. Load the kind of model that it was made for."
             )
     return keys
+
+
+def _loras_on(model, keys: Mapping[str, str]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """B and R of the LoRAs among the model's patches, by the erasure's names of the matrices."""
+    found = {}
+    for name, key in keys.items():
+        loras = [
+            patch[1].weights
+            for patch in model.patches.get(key, ())
+            if patch[0] and getattr(patch[1], "name", "") == "lora"
+        ]
+        changes = [_change(*weights[:3]) for weights in loras if weights[0].ndim == 2]
+        if changes:
+            found[name] = changes
+    return found
+
+
+def _change(up: Tensor, down: Tensor, alpha: float | None) -> tuple[Tensor, Tensor]:
+    """B (out, rank) and R (width, rank) of a LoRA, float32 on the CPU."""
+    scale = 1.0 if alpha is None else alpha / down.shape[0]
+    return scale * up.float().cpu(), down.flatten(1).T.float().cpu()
 
 
 def _some(names) -> str:

@@ -37,7 +37,7 @@ from .identity import model_identity
 from .inplace import OutOfPlace
 from .kinds import refuse_another_kind
 from .matrices import base_fingerprint, trained_keys
-from .packed import as_numbers, like
+from .packed import like, numbers_of
 from .tokens import row_ids
 from .vocabulary import vocabulary
 
@@ -89,7 +89,8 @@ class ComfyDenoiser:
         self._keys = trained_keys(model, layers)
         self.names = self._keys.keys()
         self.device = model.load_device
-        self.dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+        # Nodes upstream may have chosen it, on the patcher.
+        self.dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
         self._planned_shape = [images, *self.latent_shape(resolution)]
         self._size = {"width": resolution, "height": resolution}
 
@@ -241,13 +242,14 @@ class ComfyDenoiser:
         }
 
     def matrices(self) -> Mapping[str, Tensor]:
-        """See :class:`erase_core.denoiser.Denoiser`.
+        """See :class:`erase_core.denoiser.Denoiser`. Patches are in them, wherever they lie.
 
         Raises:
             UnsupportedModelError: packed in a format that their layers can't give as numbers.
         """
         weights = {
-            name: as_numbers(module, module.weight) for name, module in self._modules.items()
+            name: numbers_of(module, self.device, self.dtype)
+            for name, module in self._modules.items()
         }
         names = {key: name for name, key in self._keys.items()}
         # Erasures beside the weights are part of what is trained on, like merged ones.

@@ -71,7 +71,10 @@ class _Content:
             if not key.startswith(SAMPLING):
                 kept = model.backup.get(key)
                 weight = _itself(inner, key, state[key]) if kept is None else kept.weight
-                self._weight(key, weight, key in trained)
+                if weight is None:
+                    self._say(key, "counted only", tuple(state[key].shape))
+                else:
+                    self._tensor(key, weight, key in trained)
 
     def patches(self, model, trained: Collection[str]) -> None:
         """Weight patches with their strengths. Not the host's uuids: they are random."""
@@ -100,13 +103,6 @@ class _Content:
 
     def _say(self, *words: Any) -> None:
         self._parts.append((repr([str(word) for word in words]), None))
-
-    def _weight(self, label: str, weight: Tensor, whole: bool) -> None:
-        """A weight of the network; of one that is only counted, what it counts as."""
-        if weight.device.type == "meta":
-            self._say(label, "no content", weight.dtype, tuple(weight.shape))
-        else:
-            self._tensor(label, weight, whole)
 
     def _tensor(self, label: str, tensor: Tensor, whole: bool) -> None:
         if not is_plain(tensor):
@@ -196,8 +192,8 @@ def _module_members(module: nn.Module) -> tuple[str, Iterable[tuple[Any, Any]]]:
     return classes, sorted({**own, **module.state_dict()}.items())
 
 
-def _itself(network: nn.Module, key: str, weight: Tensor) -> Tensor:
-    """The weight behind an entry of a state dict.
+def _itself(network: nn.Module, key: str, weight: Tensor) -> Tensor | None:
+    """The weight behind an entry of a state dict; None for one that no layer has.
 
     Packs whose weights are no plain tensors put placeholders without content into it, so that the
     host knows the size.
@@ -206,8 +202,8 @@ def _itself(network: nn.Module, key: str, weight: Tensor) -> Tensor:
         return weight
     try:
         return comfy.utils.get_attr(network, key)
-    except AttributeError:  # counted by the pack, but of no layer
-        return weight
+    except AttributeError:
+        return None
 
 
 def _object(model, name: str) -> Any:

@@ -59,6 +59,37 @@ def as_numbers(module: nn.Module, weight: Tensor) -> Tensor:
     return weight if convert is None else convert(weight, inplace=False)
 
 
+def numbers_of(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The matrix that a layer of a loaded model computes with, patches included, (out, width).
+
+    Of a layer whose weight is streamed, as where memory is short, the weight itself is unpatched:
+    the layer calls functions on it whenever it has been cast. So it is for weights that nodes
+    wrapped.
+
+    Args:
+        device, dtype: where and in which precision the layer computes.
+
+    Raises:
+        UnsupportedModelError: packed in a way that the layer can't undo, or not there.
+    """
+    weight, functions = module.weight.detach(), getattr(module, "weight_function", ())
+    if weight.device.type == "meta":
+        raise UnsupportedModelError(
+            f"This host hasn't loaded the weights that are to be trained ({type(module).__name__} "
+            "has a placeholder without content). Use a core loader such as Load Checkpoint, or "
+            "start ComfyUI with --highvram."
+        )
+    if is_packed(weight) or not functions:  # a packed one carries its patches itself
+        return as_numbers(module, weight)
+    with torch.no_grad():
+        cast = weight.to(device=device, copy=True).to(dtype)
+        if hasattr(cast, "dequantize") and not is_plain(cast):
+            cast = cast.dequantize()
+        for function in functions:
+            cast = function(cast)
+        return as_numbers(module, cast).to(weight.device)
+
+
 def unpatched(weight: Tensor) -> Tensor:
     """The weight without the patches that a packed one carries with it."""
     if not getattr(weight, "patches", None):

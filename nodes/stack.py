@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from ..erase_core import Erasure
 from ..erase_core.collateral import WordChanges
 from ..erase_core.protection import HARM
@@ -59,8 +61,17 @@ def applied_to(model) -> tuple[Applied, ...]:
     return model.get_attachment(ATTACHMENT) or ()
 
 
-def twice_text(applied: Sequence[Applied], erasure: Erasure) -> str:
-    """Why an erasure can't go on a model that has it, or a part of it; "" if it can."""
+def twice_text(
+    applied: Sequence[Applied],
+    erasure: Erasure,
+    loras: Mapping[str, Sequence[tuple[Tensor, Tensor]]] | None = None,
+) -> str:
+    """Why an erasure can't go on a model that has it, or a part of it; "" if it can.
+
+    Args:
+        applied: the erasures on the model.
+        loras: what LoRAs change on it, see :meth:`Erasure.concepts_in`.
+    """
     for one in applied:
         if one.identity == erasure.identity:
             return (
@@ -68,8 +79,7 @@ def twice_text(applied: Sequence[Applied], erasure: Erasure) -> str:
                 "would push the model past where it was trained to go: connect the MODEL of the "
                 "loader, or raise the strength of the first one."
             )
-        known = set(one.parts.values())
-        shared = [repr(text) for text, values in erasure.parts.items() if values in known]
+        shared = [repr(text) for text in _in_common(one, erasure)]
         if shared:
             return (
                 f"The erasure of {erasure.concept!r} has {', '.join(shared)} in common with that "
@@ -77,7 +87,28 @@ def twice_text(applied: Sequence[Applied], erasure: Erasure) -> str:
                 "Applying that twice would push the model past where it was trained to go: leave "
                 "one of the two out, or take the common concepts out of one."
             )
+    shared = [repr(text) for text in erasure.concepts_in(loras or {})]
+    if shared:
+        return (
+            f"The erasure of {', '.join(shared)} is already on this model: a LoRA loader in front "
+            "of this node has loaded it from its file. Applying it twice would push the model past "
+            "where it was trained to go: take the LoRA loader or this node away."
+        )
     return ""
+
+
+def _in_common(one: Applied, erasure: Erasure) -> list[str]:
+    """The concepts of an erasure that are of one training with what is applied, by values.
+
+    Either may lack matrices that the other has, such as the one that reads a pooled vector.
+    """
+    known = set(one.parts.values())
+    shared = [text for text, values in erasure.parts.items() if values in known]
+    if shared or one.erasure is None:
+        return shared
+    both = one.erasure.factors.keys() & erasure.factors.keys()
+    changes = {name: [(one.erasure.factors[name], one.erasure.bases[name])] for name in both}
+    return erasure.concepts_in(changes)
 
 
 def overlap_warnings(applied: Sequence[Applied], erasure: Erasure) -> list[str]:
@@ -92,6 +123,21 @@ def overlap_warnings(applied: Sequence[Applied], erasure: Erasure) -> list[str]:
                 "either was trained to go: take it out of one of them, or lower a strength."
             )
     return warnings
+
+
+def left_behind_warnings(erasure: Erasure, takers: Sequence[str]) -> list[str]:
+    """That an erasure beside the weights doesn't reach what nodes make of the weights.
+
+    Args:
+        takers: the nodes behind it that save or merge the weights, as a person finds them.
+    """
+    if not takers:
+        return []
+    return [
+        f"Mode 'exact' keeps the erasure of {erasure.concept!r} beside the weights, and "
+        f"{', '.join(takers)} takes the weights alone: what is saved or merged there is without "
+        "it. Choose mode 'merge'."
+    ]
 
 
 def stack_text(applied: Sequence[Applied], weights: str = "float32") -> str:

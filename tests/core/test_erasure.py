@@ -65,6 +65,56 @@ def test_parts_are_recognised_in_what_is_left(three):
     assert not set(trained("cat => dog").parts.values()) & set(three.parts.values())
 
 
+def changes_of(*erasures: Erasure):
+    """B and R as they are among a host's patches."""
+    return {
+        name: [(erasure.factors[name], erasure.bases[name]) for erasure in erasures]
+        for name in erasures[0].factors
+    }
+
+
+def test_concepts_are_found_in_other_changes_by_their_values(three):
+    less, pizza = three.without(["pizza"]), three.without(["cat", "castle"])
+    whole, texts = changes_of(three), ["cat", "pizza", "castle"]
+    assert three.concepts_in(whole) == texts
+    assert less.concepts_in(whole) == ["cat", "castle"] and pizza.concepts_in(whole) == ["pizza"]
+    assert three.concepts_in(changes_of(less)) == ["cat", "castle"]
+    assert pizza.concepts_in(changes_of(less)) == [] == less.concepts_in(changes_of(pizza))
+    rounded = {
+        name: [(b.bfloat16().float(), r.half().float()) for b, r in changes]
+        for name, changes in changes_of(pizza, less).items()
+    }
+    assert three.concepts_in(rounded) == texts
+    name = next(iter(whole))
+    assert three.concepts_in({name: whole[name], "elsewhere": whole[name]}) == texts
+
+
+def test_other_changes_hold_no_concepts(three):
+    alike = [trained("cat => dog", seed=1), trained("cat => dog", captions=41), three]
+    for one in alike:
+        for other in alike:
+            if one is not other:
+                assert one.concepts_in(changes_of(other)) == []
+    strangers = {
+        name: [
+            (torch.randn(b.shape), r),  # the same R, as erasures of one model nearly have
+            (b, torch.randn(r.shape)),
+            (-b, r),
+            (2 * b, r),
+            (torch.zeros_like(b), torch.zeros_like(r)),
+            (b[:, :1], r[:, :1]),
+            (b[:, 1:], r[:, :-1]),
+            (b[1:], r),
+        ]
+        for name, ((b, r),) in changes_of(three).items()
+    }
+    assert three.without(["pizza", "castle"]).concepts_in(strangers) == []
+    nothing = Erasure(
+        three.bases, {n: torch.zeros_like(b) for n, b in three.factors.items()}, three.record
+    )
+    assert nothing.concepts_in(changes_of(nothing)) == nothing.concepts_in({}) == []
+
+
 def test_what_cannot_be_taken_out_is_said(three):
     with pytest.raises(ErasureError, match="'bird' is not among .* cat, pizza, castle"):
         three.without(["cat", "bird"])

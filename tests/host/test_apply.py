@@ -9,19 +9,23 @@ import itertools
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
+import comfy.utils
 import pytest
 import torch
 from comfy_api.torch_helpers.torch_compile import set_torch_compile_wrapper
+from comfy_extras.nodes_model_merging import NODE_CLASS_MAPPINGS as MERGING
 from concept_surgery.erase_core.denoiser import Encoded, LowRankEdit
 from concept_surgery.erase_core.erasure import Erasure
 from concept_surgery.nodes.apply import ApplyErasure, ApplyError, apply_erasure, stack_report
 from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.exact import ExactModeError, SidePath, side_paths
 from concept_surgery.nodes.host import ComfyDenoiser, left_out_of_training
-from concept_surgery.nodes.stack import Applied, applied_to, stack_text
+from concept_surgery.nodes.stack import Applied, applied_to, stack_text, twice_text
 
 from benchmarks import application
 from benchmarks.application import DTYPES, PROMPTS, SIGMAS, predict
+from nodes import NODE_CLASS_MAPPINGS
+from tools import graphs
 
 UNMOVED = ("null", "negative", "kept exact")
 
@@ -168,6 +172,46 @@ def test_twice_is_refused_in_every_mode(loaded, erasure, first, second):
 
 
 @pytest.mark.parametrize("mode", ["merge", "exact"])
+def test_the_file_in_a_lora_loader_counts_as_applied(loaded, erasure, other, mode, tmp_path):
+    model = loaded[0]
+
+    def with_loras(*erasures, strength=1.0):
+        patched = model
+        for number, one in enumerate(erasures):
+            one.save(tmp_path / f"{number}.safetensors")
+            file = comfy.utils.load_torch_file(str(tmp_path / f"{number}.safetensors"))
+            with torch.inference_mode():
+                patched = comfy.sd.load_lora_for_models(patched, None, file, strength, 0)[0]
+        return patched
+
+    words = f"{erasure.concept!r} is already on this model: a LoRA loader .* take the LoRA loader"
+    half = Erasure(erasure.bases, {n: b.half() for n, b in erasure.factors.items()}, erasure.record)
+    for upstream in (
+        with_loras(erasure),
+        with_loras(half),
+        with_loras(other, erasure, strength=-0.3),
+        apply_erasure(with_loras(erasure), other, 1.0, mode),
+    ):
+        with pytest.raises(ApplyError, match=words):
+            apply_erasure(upstream, erasure, 1.0, mode)
+    apply_erasure(with_loras(other), erasure, 1.0, mode)
+    apply_erasure(apply_erasure(model, other, 1.0), erasure, 1.0, mode)
+    apply_erasure(with_loras(erasure, strength=0.0), erasure, 1.0, mode)
+
+
+def test_the_same_erasure_with_fewer_matrices_is_the_same(erasure, other):
+    """As a file is that was saved without the pooled vector."""
+    left_out = next(iter(erasure.factors))
+    factors = {name: b for name, b in erasure.factors.items() if name != left_out}
+    fewer = Erasure(erasure.bases, factors, erasure.record)
+    assert fewer.identity != erasure.identity
+    for one, two in ((erasure, fewer), (fewer, erasure)):
+        text = twice_text([Applied.of(one, "merge", 1.0)], two)
+        assert f"has {erasure.concept!r} in common" in text
+    assert twice_text([Applied.of(other, "merge", 1.0)], fewer) == ""
+
+
+@pytest.mark.parametrize("mode", ["merge", "exact"])
 def test_strength_zero_adds_nothing(loaded, erasure, mode):
     off = apply_erasure(loaded[0], erasure, 0.0, mode)
     assert not off.patches and not side_paths(off) and not applied_to(off)
@@ -281,6 +325,20 @@ def test_the_node_shows_what_the_stack_keeps(loaded, erasure, other, shown):
     assert text == stack_report(twice)
     assert "Exact beside all of them: the null prompt, 'a photo of a tiger'." in text
     assert "'blurry, watermark' is not exact beside 'pizza'." in text
+
+
+def test_what_is_saved_from_exact_mode_is_warned_about(loaded, erasure, shown, monkeypatch, caplog):
+    monkeypatch.setattr("nodes.NODE_CLASS_MAPPINGS", {**NODE_CLASS_MAPPINGS, **MERGING})
+    graph = graphs.loader("x.safetensors") | graphs.apply("3:5")
+    ApplyErasure.hidden.unique_id, ApplyErasure.hidden.prompt = "3:5", graph
+    ApplyErasure.execute(loaded[0], erasure, 1.0, mode="exact")
+    graph |= graphs.node("7", "CheckpointSave", model=("3:5", 0), filename_prefix="a")
+    ApplyErasure.execute(loaded[0], erasure, 1.0, mode="merge")
+    ApplyErasure.execute(loaded[0], erasure, 0.0, mode="exact")
+    assert "beside the weights" not in caplog.text
+    ApplyErasure.execute(loaded[0], erasure, 1.0, mode="exact")
+    assert "CheckpointSave (node 7) takes the weights alone" in caplog.text
+    assert "Choose mode 'merge'." in caplog.text
 
 
 def test_the_same_concept_from_two_trainings_is_warned_about(loaded, erasure, other, shown):

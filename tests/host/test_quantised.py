@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import pytest
@@ -13,14 +14,14 @@ from concept_surgery.nodes.apply import MODES, apply_erasure, mismatches
 from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.families import UnsupportedModelError
 from concept_surgery.nodes.host import ComfyDenoiser
-from concept_surgery.nodes.matrices import known_matrices
+from concept_surgery.nodes.matrices import known_matrices, trained_keys
 from concept_surgery.nodes.packed import is_packed
 from concept_surgery.nodes.store import LanguageStore
 
 from . import fake_gguf
 from .small import random_text_encoder
 from .test_families import KEPT, sampled_x0, train
-from .test_identity import identity, with_lora
+from .test_identity import identity
 from .test_identity import train as train_instant
 
 PREFIX, SCALE = "model.diffusion_model.", 0.01
@@ -80,13 +81,75 @@ def test_a_quantised_model_is_recognised_again_by_its_numbers(checkpoint, kind, 
     assert identity(load()) == identity(model) == plain
     block = "input_blocks.1.1.transformer_blocks.0"
     others = [load(f"{block}.{name}") for name in PACKED]
-    lora = with_lora(model, 1, 0.7)
+    lora = patched(model, 1)
     found = [plain, identity(lora), *map(identity, others)]
     assert len(set(found)) == len(found)
     with torch.inference_mode():  # its patches are in the weights, or on them
         comfy.model_management.load_models_gpu([lora])
     assert [identity(model), identity(lora)] == found[:2]
     assert "recognised again" not in caplog.text
+
+
+@pytest.fixture
+def streaming(monkeypatch):
+    """A host without memory for any weight: every layer gets its own when it runs."""
+    load = comfy.model_patcher.ModelPatcher.load
+
+    def load_nothing(self, device_to=None, lowvram_model_memory=0, full_load=False, **more):
+        return load(self, device_to, lowvram_model_memory=1, full_load=False, **more)
+
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "load", load_nothing)
+
+
+def patched(model, seed: int):
+    """The model with another matrix of random numbers on each that is trained."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, matrices = trained_keys(model), known_matrices(model)
+    noise = {
+        keys[name]: ("diff", (torch.randn(matrix.shape, generator=generator) / 30,))
+        for name, matrix in matrices.items()
+    }
+    clone = model.clone()
+    assert len(clone.add_patches(noise, 0.7)) == len(keys)
+    return clone
+
+
+CASES = ["plain", *QUANTISED, "plain, streamed", "scaled fp8, streamed", "mixed fp8, streamed"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_matrices_are_those_that_the_layers_compute_with(checkpoint, case, request):
+    """With LoRAs and wrapped weights upstream, wherever the host keeps the weights."""
+    kind, *streamed = case.split(", ")
+    load = {"plain": comfy.sd.load_diffusion_model_state_dict, **QUANTISED}[kind]
+    with torch.inference_mode():
+        model = load(unet_tensors(checkpoint))
+        clip = random_text_encoder(model.model.model_config)
+    upstream = patched(patched(model, 1), 2)
+    upstream.add_weight_wrapper(next(iter(trained_keys(model).values())), lambda weight: 2 * weight)
+    if streamed:
+        request.getfixturevalue("streaming")
+    key = identity(upstream)
+    with torch.inference_mode(False), ComfyDenoiser(upstream, clip, "", 2, 64) as denoiser:
+        found, layers = denoiser.matrices(), denoiser._modules
+        with_functions = sum(bool(layer.weight_function) for layer in layers.values())
+        assert with_functions == (len(layers) if streamed else 1)
+        own = known_matrices(upstream)
+        x = torch.randn(5, 768, generator=torch.Generator().manual_seed(0)).to(denoiser.dtype)
+        for name, layer in layers.items():
+            expected, matrix = layer(x).float(), found[name].float()
+            assert (x.float() @ matrix.T - expected).norm() <= 1e-2 * expected.norm(), name
+            assert (matrix - own[name].float()).norm() > 0.1 * own[name].float().norm(), name
+    assert identity(upstream) == key != identity(model)
+
+
+def test_a_placeholder_for_a_weight_is_refused_in_words(checkpoint):
+    model, clip = loaded(unet_tensors(checkpoint))
+    with torch.inference_mode(False), ComfyDenoiser(model, clip, "", 2, 64) as denoiser:
+        module = next(iter(denoiser._modules.values()))
+        module.weight = torch.nn.Parameter(module.weight.to("meta"), requires_grad=False)
+        with pytest.raises(UnsupportedModelError, match="placeholder .* core loader"):
+            denoiser.matrices()
 
 
 def test_a_result_of_a_packed_model_is_found_again(checkpoint, tmp_path):
