@@ -27,6 +27,7 @@ from torch import Tensor
 # A file under a temporary name that is older than this was left by a process that died.
 ABANDONED_SECONDS = 24 * 3600
 LONGEST_HEADER = 100_000_000  # as the format's own library has it
+LONGEST_REASON = 200  # letters: names that stand in the file are quoted
 NUMBERS = frozenset({"F16", "F32", "F64"})  # of the tensors that this pack writes
 
 _TEMPORARY = ".concept-surgery-{}.tmp"
@@ -68,17 +69,17 @@ def read_safetensors(path: Path, mark: str) -> tuple[dict[str, str], dict[str, T
     if not all(isinstance(text, str) for text in metadata.values()):
         raise DamagedFileError("its metadata are not texts")
     for entry in entries.values():
-        if not isinstance(entry, dict) or entry.get("dtype") not in NUMBERS:
+        if not isinstance(entry, dict) or str(entry.get("dtype")) not in NUMBERS:
             raise DamagedFileError("it holds other things than numbers")
     try:
         return metadata, load(start + header + rest)
     except SafetensorError as error:
-        raise DamagedFileError(str(error)) from error
+        raise DamagedFileError(str(error)[:LONGEST_REASON]) from error
 
 
 def _entries(header: bytes) -> dict[str, Any]:
     try:
-        entries = json.loads(header)
+        entries = json.loads(header, parse_int=str)  # whose length nobody has looked at
     except (ValueError, RecursionError) as error:
         raise DamagedFileError("its header can't be read") from error
     if not isinstance(entries, dict):

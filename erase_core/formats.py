@@ -23,7 +23,8 @@ HASH_KEY, VALUES_KEY = "concept_surgery_hash", "modelspec.hash_sha256"
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 # What is larger fits no weight in half precision.
 LARGEST = torch.finfo(torch.float16).max
-_MATRIX = re.compile(r"\w+")  # kohya's names have no dots: those of other weights do
+LONGEST_MATRIX = 120  # letters of its name
+_MATRIX = re.compile(rf"\w{{1,{LONGEST_MATRIX}}}")  # no dots, which names of other weights have
 
 
 def kohya_tensors(bases: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -54,7 +55,8 @@ def read_kohya_tensors(
     odd = sorted(expected.symmetric_difference(tensors))
     odd += [name for name in names if not _MATRIX.fullmatch(name)]
     if not names or odd:
-        raise ValueError(f"its tensors are not those of an erasure (for example {odd[:3]}).")
+        some = [name[:LONGEST_MATRIX] for name in odd[:3]]
+        raise ValueError(f"its tensors are not those of an erasure (for example {some}).")
     bases: dict[str, Tensor] = {}
     factors = {}
     last = None

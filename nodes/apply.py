@@ -243,7 +243,9 @@ def _matching_keys(model, erasure: Erasure) -> dict[str, str]:
         ApplyError: matrices that the model doesn't have, or of another shape.
     """
     known = kohya_keys(model)
-    missing = [name for name in erasure.factors if name not in known]
+    # The host knows names for biases and the like, too, which no erasure changes.
+    matrices = {name: key for name, key in known.items() if key.endswith(".weight")}
+    missing = [name for name in erasure.factors if name not in matrices]
     if missing:
         raise ApplyError(
             f"The erasure of {erasure.concept!r} is for {erasure.record['family']} "
@@ -252,7 +254,12 @@ def _matching_keys(model, erasure: Erasure) -> dict[str, str]:
             f"{len(erasure.factors)} matrices, for example {_some(missing)}. Load the kind of "
             "model that it was made for."
         )
-    keys = {name: known[name] for name in erasure.factors}
+    keys = {name: matrices[name] for name in erasure.factors}
+    if len(set(keys.values())) < len(keys):
+        raise ApplyError(
+            f"The erasure of {erasure.concept!r} changes a matrix under several names at once, "
+            "which no training does. Get its file again, or train it again."
+        )
     weights = original_weights(model, keys)
     for name, factor in erasure.factors.items():
         expected = (factor.shape[0], erasure.bases[name].shape[0])

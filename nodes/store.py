@@ -58,10 +58,14 @@ class LanguageStore(MutableMapping[str, Tensor]):
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_safetensors(self._path(key), tensors, {HASH_KEY: content_hash(key, tensors)})
-            for old in self._files()[:-KEPT_FILES]:
-                old.unlink(missing_ok=True)
         except OSError as error:
             logging.warning("Concept Surgery: %s can't be written: %s", self._folder, error)
+            return
+        for old in self._files()[:-KEPT_FILES]:
+            try:
+                old.unlink(missing_ok=True)
+            except OSError as error:
+                logging.warning("Concept Surgery: %s can't be removed: %s", old, error)
         remove_abandoned(self._folder, shared=False)
 
     def __delitem__(self, key: str) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,15 @@ from safetensors.torch import load_file, save_file
 from .toy import ToyDenoiser
 
 SMALL = {"resolution": 32, "captions": 40, "trajectories": 8, "sampling_steps": 4, "steps": 2}
+# One erasure of the toy as each version wrote it, and the hash of its values.
+OLD_FILES = Path(__file__).parent / "old_files"
+OLD = {
+    "0.2.0": "081c86472150d319",
+    "0.2.1": "b353774eb65ec5e4",
+    "0.4.0": "4fd613cea789645a",
+    "0.5.0": "4fd613cea789645a",
+    "0.7.0": "aea0f8fde1a94d4d",
+}
 OLD_HASH = "modelspec.hash_sha256"
 
 
@@ -168,8 +178,18 @@ def test_what_no_training_gives_is_refused_though_its_hash_is_right(erasure, pat
         Erasure.load(path)
 
 
-def test_an_intact_file_of_an_older_version_is_read(erasure, path):
-    """Version 0.1 to 0.7 wrote a hash of the values alone."""
+@pytest.mark.parametrize("version", OLD)
+def test_files_that_older_versions_wrote_are_read(version, tmp_path):
+    old = Erasure.load(OLD_FILES / f"{version}.safetensors")
+    assert old.record["version"] == version and old.identity == OLD[version]
+    report_text(old.record)
+    assert old.concept == "cat, pizza" and old.without(["cat"]).concept == "pizza"
+    old.save(tmp_path / "again.safetensors")
+    again = Erasure.load(tmp_path / "again.safetensors", old=False)
+    assert again.identity == old.identity and again.record == old.record
+
+
+def test_a_file_with_a_hash_of_the_values_alone_is_checked_by_that(erasure, path):
     write(path, tensors_of(erasure), erasure.record, without={"concept_surgery_hash"})
     again = Erasure.load(path)
     assert again.identity == erasure.identity and again.record == erasure.record
