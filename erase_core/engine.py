@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .already import refuse_already_erased
 from .checks import UNNAMED_PROMPTS, Checks
 from .closed_form import ClosedForm, EditRegression
 from .collateral import Others
@@ -124,24 +125,27 @@ def erase(
     # Without predictions the rows that were read will do.
     unnamed = _unnamed(run, reading, words) if settings.samples or not language else {}
     readers = {name: run.matrices[name] for name in _readers(run.matrices, denoiser.family)}
+    regression = others = None
+    if readers:
+        moment = shrunk(language.moment) + _named_moment(settings, prompts, exact)
+        regression = EditRegression(prompts.edits, exact.basis, moment, readers)
+        others = Others(run.spoken, language, regression.metric)
+        refuse_already_erased(settings, prompts.edits, regression.metric, others.witnesses)
     # Where it isn't certain that anything trains, the states to train on are sampled when it is.
     solved = bool(readers) and settings.warm_start
     states = None
     if settings.steps and not (solved and settings.trial_steps):
         states = yield from run.all_training_states(prompts, None)
     held_out = yield from run.held_out_states(prompts)
-    choice, pooled, others = None, _pooled_edit(run, prompts, exact, vectors), None
+    choice, pooled = None, _pooled_edit(run, prompts, exact, vectors)
     ridges: list[Ridge] = []
-    if readers:
-        moment = shrunk(language.moment) + _named_moment(settings, prompts, exact)
-        regression = EditRegression(prompts.edits, exact.basis, moment, readers)
-        others = Others(run.spoken, language, regression.metric)
+    if regression:
         choice = yield from run.choose(regression, prompts, held_out, readers, pooled, others)
         # What is left of a pooled vector is reported, not refused.
         reached = choice.solution.moved
         if prompts.null.pooled is None:
             reached = [max(pair) for pair in zip(reached, choice.moved, strict=True)]
-        _refuse_if_too_little_moves(settings, reached)
+        refuse_if_too_little_moves(settings, reached)
         _refuse_a_ruin(settings, choice)
         ridges = list(_ridges(choice, readers, moment, pooled, denoiser.device))
     # A pooled vector that what must stay leaves no way for stays as it is.
@@ -333,27 +337,35 @@ def _named_moment(settings: EraseSettings, prompts: EncodedPrompts, exact: Exact
     return moment
 
 
-def _refuse_if_too_little_moves(settings: EraseSettings, moved: Sequence[float]) -> None:
+def refuse_if_too_little_moves(settings: EraseSettings, moved: Sequence[float]) -> None:
+    """A concept of which little would go is not handed on as erased.
+
+    Raises:
+        SubspaceError: less than half of one moves, with a protection that the run chose itself.
+    """
     if settings.protection is not None:
         return  # the user's own choice, and the report says what came of it
     for concept, share in zip(settings.concepts, moved, strict=True):
         if share < LEAST_MOVED:
+            others = len(settings.concepts) - 1
+            beside = f" and the other {others} concepts" if others > 1 else " and the other concept"
+            fewer = "Erase fewer concepts in one run, keep" if others else "Keep"
             raise SubspaceError(
-                f"Only {share:.0%} of {concept.text!r} can be moved beside what must stay and the "
-                f"other {len(settings.concepts) - 1} concepts (at least {LEAST_MOVED:.0%} is "
-                "needed). Erase fewer concepts in one run, keep fewer prompts, lower the "
-                "protection, or raise the rank."
+                f"Only {share:.0%} of {concept.text!r} can be moved beside what must stay"
+                f"{beside if others else ''} (at least {LEAST_MOVED:.0%} is needed). {fewer} fewer "
+                "prompts, lower the protection, or raise the rank."
             )
 
 
 def _refuse_a_ruin(settings: EraseSettings, choice: Choice) -> None:
     """A protection that the run chose itself must protect; the user's own is reported on."""
+    fewer = "Erase fewer concepts in one run, name" if len(settings.concepts) > 1 else "Name"
     if settings.protection is None and choice.others.mean > RUIN:
         raise SubspaceError(
             f"Words that nobody named would change by {choice.others.mean:.0%} on average (at most "
-            f"{RUIN:.0%} is handed on): {', '.join(choice.others.worst(3))} most of all. Erase "
-            "fewer concepts in one run, name a replacement that is close to the concept, or use "
-            "fewer keep and negative prompts, which leave less room."
+            f"{RUIN:.0%} is handed on): {', '.join(choice.others.worst(3))} most of all. "
+            f"{fewer} a replacement that is close to the concept, or use fewer keep and negative "
+            "prompts, which leave less room."
         )
 
 
