@@ -164,15 +164,36 @@ class Erasure:
         record = {**self.record, "measures": measures, "matrices": len(factors)}
         return Erasure(bases, factors, {**record, "pooled_left_out": True})
 
-    def save(self, path: Path) -> None:
-        """Write the erasure as a LoRA file under kohya names, float32.
+    def tensors(self, naming: str = formats.KOHYA) -> dict[str, Tensor]:
+        """The tensors of its file, under names of one of :data:`formats.NAMINGS`.
 
         Raises:
-            ErasureFileError: the folder can't be written; nothing is left behind.
+            ErasureFileError: diffusers' names of its matrices aren't known.
         """
-        tensors = formats.kohya_tensors(self.bases, self.factors)
+        if naming == formats.KOHYA:
+            return formats.kohya_tensors(self.bases, self.factors)
         try:
-            formats.write_safetensors(path, tensors, formats.metadata(self.record, tensors))
+            return formats.diffusers_tensors(self.bases, self.factors, self.record["family"])
+        except ValueError as error:
+            raise ErasureFileError(
+                f"The erasure of {self.concept!r} can't be saved for diffusers. {error} Save it "
+                "with the names 'kohya', or train it with the layers that the family has by itself."
+            ) from error
+
+    def save(self, path: Path, naming: str = formats.KOHYA) -> None:
+        """Write the erasure as a LoRA file, float32.
+
+        Args:
+            naming: whose names its tensors have, see :meth:`tensors`.
+
+        Raises:
+            ErasureFileError: the folder can't be written; nothing is left behind. Or diffusers'
+                names of its matrices aren't known.
+        """
+        tensors = self.tensors(naming)
+        info = formats.metadata(self.record, tensors, path.stem)
+        try:
+            formats.write_safetensors(path, tensors, info)
         except OSError as error:
             raise ErasureFileError(
                 f"The erasure can't be written to {str(path)!r}: {error.strerror or error}. "
@@ -211,7 +232,8 @@ class Erasure:
             )
         try:
             record = json.loads(metadata[formats.RECORD_KEY])
-            bases, factors = formats.read_kohya_tensors(tensors)
+            family = record.get("family") if isinstance(record, Mapping) else None
+            bases, factors = formats.read_kohya_tensors(formats.as_kohya(tensors, family))
         except ValueError as error:
             raise ErasureFileError(f"{name} is damaged: {error} Get the file again.") from error
         erasure = cls(bases, factors, record)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import folder_paths
 from comfy_api.v0_0_2 import io
+from safetensors import safe_open
 
 from ..erase_core import Erasure, ErasureFileError
+from ..erase_core.formats import KOHYA, NAMINGS
 from ..erase_core.report import report_text
 from .messages import preview, shown
 from .schema import CATEGORY, ErasureType, compatible
@@ -44,9 +46,18 @@ class SaveErasure(io.ComfyNode):
                     default=True,
                     optional=True,
                     tooltip="SDXL, SD3, Flux: the concept is also taken out of the pooled vector. "
-                    "ComfyUI, Forge and Automatic1111 load that part; diffusers refuses an SDXL "
-                    "file that has it. Switch it off for diffusers only: a little more of the "
-                    "concept stays.",
+                    "ComfyUI, Forge, Automatic1111 and diffusers from 0.39 on load that part; "
+                    "diffusers before refuses an SDXL file that has it. Switch it off for those "
+                    "only: a little more of the concept stays.",
+                ),
+                io.Combo.Input(
+                    "names",
+                    options=list(NAMINGS),
+                    default=KOHYA,
+                    optional=True,  # graphs saved before there was a choice
+                    tooltip="Names of the matrices in the file. kohya: what most programs read. "
+                    "diffusers: for SD3 and Flux in diffusers, which finds nothing under kohya "
+                    "names there; ComfyUI reads these, too. Other families have one kind of names.",
                 ),
             ],
             outputs=[io.String.Output("path", display_name="path")],
@@ -64,10 +75,13 @@ class SaveErasure(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, erasure: Erasure, filename: str, pooled_vector: bool = True) -> io.NodeOutput:
+    def execute(
+        cls, erasure: Erasure, filename: str, pooled_vector: bool = True, names: str = KOHYA
+    ) -> io.NodeOutput:
         """Write the file and show where it is."""
         erasure = erasure if pooled_vector else erasure.without_pooled()
-        path = save_erasure(erasure, Path(folder_paths.get_folder_paths(FOLDER)[0]), filename)
+        folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
+        path = save_erasure(erasure, folder, filename, names)
         return io.NodeOutput(str(path), ui=preview(f"Saved {path.name} in {path.parent}"))
 
 
@@ -105,11 +119,12 @@ class LoadErasure(io.ComfyNode):
         return io.NodeOutput(erasure, shown(report_text(erasure.record)))
 
 
-def save_erasure(erasure: Erasure, folder: Path, filename: str) -> Path:
+def save_erasure(erasure: Erasure, folder: Path, filename: str, names: str = KOHYA) -> Path:
     """Write the erasure under a free name in ``folder``; the same one twice gives one file.
 
     Raises:
-        ErasureFileError: a name with path parts, or a folder that can't be written.
+        ErasureFileError: a name with path parts, a folder that can't be written, or a matrix
+            that has no name of that kind.
     """
     stem = checked_name(filename)
     try:
@@ -120,11 +135,11 @@ def save_erasure(erasure: Erasure, folder: Path, filename: str) -> Path:
         ) from error
     path, number = folder / (stem + SUFFIX), 1
     while path.exists():
-        if _holds(path, erasure):
+        if _holds(path, erasure, names):
             return path
         number += 1
         path = folder / f"{stem}_{number}{SUFFIX}"
-    erasure.save(path)
+    erasure.save(path, names)
     return path
 
 
@@ -143,8 +158,12 @@ def checked_name(filename: str) -> str:
     return name
 
 
-def _holds(path: Path, erasure: Erasure) -> bool:
+def _holds(path: Path, erasure: Erasure, names: str) -> bool:
     try:
-        return Erasure.load(path).identity == erasure.identity
+        same = Erasure.load(path).identity == erasure.identity
     except ErasureFileError:
         return False
+    if not same:
+        return False
+    with safe_open(str(path), framework="pt") as file:
+        return set(file.keys()) == set(erasure.tensors(names))
