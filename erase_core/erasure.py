@@ -196,27 +196,47 @@ class Erasure:
         record = {**self.record, "measures": measures, "matrices": len(factors)}
         return Erasure(bases, factors, {**record, "pooled_left_out": True})
 
-    def save(self, path: Path) -> None:
-        """Write the erasure as a LoRA file under kohya names, float32.
+    def tensors(self, naming: str = formats.KOHYA) -> dict[str, Tensor]:
+        """The tensors of its file, under names of one of :data:`formats.NAMINGS`.
 
         Raises:
-            ErasureFileError: the folder can't be written; nothing is left behind.
+            ErasureFileError: diffusers' names of its matrices aren't known.
         """
-        self._write(path, disk.write_safetensors)
+        if naming == formats.KOHYA:
+            return formats.kohya_tensors(self.bases, self.factors)
+        try:
+            return formats.diffusers_tensors(self.bases, self.factors, self.record["family"])
+        except ValueError as error:
+            raise ErasureFileError(
+                f"The erasure of {self.concept!r} can't be saved for diffusers. {error} Save it "
+                "with the names 'kohya', or train it with the layers that the family has by itself."
+            ) from error
 
-    def save_new(self, path: Path) -> None:
+    def save(self, path: Path, naming: str = formats.KOHYA) -> None:
+        """Write the erasure as a LoRA file, float32.
+
+        Args:
+            naming: whose names its tensors have, see :meth:`tensors`.
+
+        Raises:
+            ErasureFileError: the folder can't be written; nothing is left behind. Or diffusers'
+                names of its matrices aren't known.
+        """
+        self._write(path, naming, disk.write_safetensors)
+
+    def save_new(self, path: Path, naming: str = formats.KOHYA) -> None:
         """The same for a name that nothing has; of several savers at once one gets it.
 
         Raises:
             FileExistsError: something has the name.
             ErasureFileError: as there.
         """
-        self._write(path, disk.create_safetensors)
+        self._write(path, naming, disk.create_safetensors)
 
-    def _write(self, path: Path, write: Callable[..., None]) -> None:
-        tensors = formats.kohya_tensors(self.bases, self.factors)
+    def _write(self, path: Path, naming: str, write: Callable[..., None]) -> None:
+        tensors = self.tensors(naming)
         try:
-            write(path, tensors, formats.metadata(self.record, tensors))
+            write(path, tensors, formats.metadata(self.record, tensors, path.stem))
         except FileExistsError:
             raise
         except OSError as error:
@@ -278,6 +298,8 @@ class Erasure:
             )
         try:
             record = read_record(metadata[formats.RECORD_KEY])
+            family = record.get("family") if isinstance(record, Mapping) else None
+            tensors = formats.as_kohya(tensors, family)
             bases, factors = formats.read_kohya_tensors(tensors)
         except ValueError as error:
             raise ErasureFileError(f"{name} is damaged: {error} Get the file again.") from error

@@ -28,6 +28,8 @@ class Family:
             stands for all. Empty where there is but one.
         defaults: settings that are put over those of the preset.
         notes: what a person should know about erasing on it, for the report.
+        diffusers_names: what diffusers calls the matrices that it doesn't read under their kohya
+            names, by those; empty where it reads all of them; None where that isn't known.
         readers_known: whether :func:`layers.reads_prompt` can be believed about its matrices.
     """
 
@@ -42,6 +44,7 @@ class Family:
     token_streams: tuple[tuple[str, ...], ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    diffusers_names: Mapping[str, str] | None = field(default_factory=dict)
     readers_known: bool = True
 
 
@@ -73,6 +76,11 @@ SDXL = Family(
     defaults={"resolution": 1024},
 )
 
+# diffusers reads kohya names of SD3 and Flux without an error and finds nothing in them. ComfyUI
+# knows both spellings.
+_PROMPT_EMBEDDER = "transformer.context_embedder"
+_POOLED_EMBEDDER = "transformer.time_text_embed.text_embedder.linear_1"
+
 # Prompt and picture share one sequence there, but the prompt enters it through one matrix alone,
 # which reads nothing else: the hard form holds for it as for keys and values.
 _JOINT = {"layers": "text-input", "resolution": 1024}
@@ -86,6 +94,10 @@ SD3 = Family(
     pooled_matrix="lora_unet_y_embedder_mlp_0",
     joint=True,
     token_streams=(("l", "g"), ("t5xxl",)),
+    diffusers_names={
+        "lora_unet_context_embedder": _PROMPT_EMBEDDER,
+        "lora_unet_y_embedder_mlp_0": _POOLED_EMBEDDER,
+    },
     defaults=_JOINT,
     notes=(_EXPERIMENTAL,),
 )
@@ -99,6 +111,10 @@ FLUX = Family(
     joint=True,
     adds_in_place=True,
     token_streams=(("t5xxl",),),
+    diffusers_names={
+        "lora_unet_txt_in": _PROMPT_EMBEDDER,
+        "lora_unet_vector_in_in_layer": _POOLED_EMBEDDER,
+    },
     defaults={**_JOINT, "guidance_scale": 1.0},
     notes=(_EXPERIMENTAL,),
 )
@@ -132,6 +148,7 @@ def generic(name: str) -> Family:
             "Experimental: this architecture isn't among the families that erasing was built for "
             f"({', '.join(FAMILIES)}). Its layers were found by their names; nothing is exact.",
         ),
+        diffusers_names=None,
         readers_known=False,
     )
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .digest import content_hash
 from .disk import write_safetensors as write_safetensors
-from .families import by_name
+from .families import SD2, SD2_V, by_name
 from .record import read_record
+from .settings import PRESETS, SOFT_PRESETS, preset_settings
 
 RECORD_KEY = "concept_surgery"
 # The first is of the record and of the tensors with their names; files of version 0.7.0 and older
@@ -25,6 +26,8 @@ DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 LARGEST = torch.finfo(torch.float16).max
 LONGEST_MATRIX = 120  # letters of its name
 _MATRIX = re.compile(rf"\w{{1,{LONGEST_MATRIX}}}")  # no dots, which names of other weights have
+PEFT_DOWN, PEFT_UP = ".lora_A.weight", ".lora_B.weight"
+KOHYA, DIFFUSERS = NAMINGS = ("kohya", "diffusers")
 
 
 def kohya_tensors(bases: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -39,6 +42,58 @@ def kohya_tensors(bases: Mapping[str, Tensor], factors: Mapping[str, Tensor]) ->
         tensors[name + UP] = factor.contiguous()
         tensors[name + ALPHA] = torch.tensor(float(basis.shape[1]))
     return tensors
+
+
+def diffusers_tensors(
+    bases: Mapping[str, Tensor], factors: Mapping[str, Tensor], family: str
+) -> dict[str, Tensor]:
+    """The same under the names that diffusers reads: PEFT's, or kohya's where it knows those.
+
+    Without an alpha, which PEFT keeps elsewhere: readers then take the rank for it.
+
+    Raises:
+        ValueError: a matrix that diffusers has another layout for, or a family that isn't known.
+    """
+    names = by_name(family).diffusers_names
+    if names == {}:
+        return kohya_tensors(bases, factors)
+    odd = sorted(set(factors) - set(names or ()))
+    if odd:
+        raise ValueError(
+            f"What diffusers calls {odd[0]} of {family} isn't known here"
+            + (f", nor {len(odd) - 1} more of its matrices" if odd[1:] else "")
+            + "."
+        )
+    tensors = {}
+    for name, factor in factors.items():
+        tensors[names[name] + PEFT_DOWN] = bases[name].T.contiguous().clone()
+        tensors[names[name] + PEFT_UP] = factor.contiguous()
+    return tensors
+
+
+def as_kohya(tensors: Mapping[str, Tensor], family: Any) -> Mapping[str, Tensor]:
+    """Tensors of a file under kohya names, whichever of the two it has; unknown names stay.
+
+    Args:
+        family: what the file's record says.
+    """
+    names = (by_name(family).diffusers_names if isinstance(family, str) else None) or {}
+    known = {theirs: ours for ours, theirs in names.items()}
+    kohya = {}
+    for key, tensor in tensors.items():
+        name, end = next(
+            ((key[: -len(e)], e) for e in (PEFT_DOWN, PEFT_UP) if key.endswith(e)), (key, "")
+        )
+        if name not in known:
+            kohya[key] = tensor
+        elif end == PEFT_UP:
+            kohya[known[name] + UP] = tensor
+        else:
+            kohya[known[name] + DOWN] = tensor
+            kohya[known[name] + ALPHA] = torch.tensor(
+                float(tensor.shape[0]) if tensor.ndim else 0.0
+            )
+    return kohya
 
 
 def read_kohya_tensors(
@@ -98,35 +153,59 @@ def content_problem(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) 
     return "" if same else "its content is not what was saved"
 
 
-def metadata(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def metadata(
+    record: Mapping[str, Any], tensors: Mapping[str, Tensor], stem: str = ""
+) -> dict[str, str]:
     """File metadata: our record, ModelSpec 1.0.1, and the kohya keys that managers show.
+
+    Args:
+        stem: name of the file without its ending. Automatic1111 puts it into prompts as the name
+            of the LoRA, where two files of one name or a ``:`` in it would do nothing.
 
     Raises:
         ValueError: a record that couldn't be read again.
     """
     settings, family = record["settings"], by_name(record["family"])
     concepts = concept_list(record)
-    title = f"Erase {concepts}"
+    base = record["base"]["name"] or record["family"]
+    title = f"Erase {concepts} ({_preset(record)}, {base})"
     text = json.dumps(record, sort_keys=True)
     read_record(text)
-    return {
+    info = {
         RECORD_KEY: text,
         HASH_KEY: content_hash(text, tensors),
         "modelspec.sai_model_spec": "1.0.1",
         # Forge matches these two strings exactly when it sorts LoRAs by base model.
         "modelspec.architecture": family.architecture,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": title,
+        "modelspec.title": f"{stem}: {title}" if stem else title,
         "modelspec.description": (f"Concept erasure. Removes {concepts}; apply at strength 1."),
         "modelspec.resolution": f"{settings['resolution']}x{settings['resolution']}",
         "modelspec.date": record["created"],
         VALUES_KEY: f"0x{tensor_hash(tensors)}",
-        "ss_output_name": title,
         "ss_base_model_version": family.kohya_base,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(record["rank"]),
         "ss_network_alpha": str(record["rank"]),
     }
+    if stem:
+        info["ss_output_name"] = stem
+    if family in (SD2, SD2_V):  # else Automatic1111 takes it for SD1 and hides it under an SD2
+        info["ss_v2"] = "True"
+    return info
+
+
+def _preset(record: Mapping[str, Any]) -> str:
+    """The preset whose steps and trajectories a run had."""
+    settings = record["settings"]
+    count = len(settings.get("concepts") or record["concepts"])
+    form, names = ("soft", SOFT_PRESETS) if record["form"] == "soft" else ("hard", PRESETS)
+    for name in names:
+        preset = preset_settings(name, concepts=[f"{n}" for n in range(count)], form=form)
+        amounts = ("steps", "trial_steps", "trajectories")
+        if all(settings.get(amount) == getattr(preset, amount) for amount in amounts):
+            return name
+    return "own settings"
 
 
 def concept_list(record: Mapping[str, Any], most: int = 5) -> str:

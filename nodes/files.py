@@ -8,11 +8,12 @@ from pathlib import Path
 
 import folder_paths
 from comfy_api.v0_0_2 import io
+from safetensors import safe_open
 
 from ..erase_core import Erasure, ErasureFileError
 from ..erase_core.disk import remove_abandoned
 from ..erase_core.filenames import path_problem
-from ..erase_core.formats import RECORD_KEY
+from ..erase_core.formats import KOHYA, NAMINGS, RECORD_KEY
 from ..erase_core.report import report_text
 from .messages import preview, shown
 from .schema import CATEGORY, ErasureType, compatible
@@ -49,9 +50,18 @@ class SaveErasure(io.ComfyNode):
                     default=True,
                     optional=True,
                     tooltip="SDXL, SD3, Flux: the concept is also taken out of the pooled vector. "
-                    "ComfyUI, Forge and Automatic1111 load that part; diffusers refuses an SDXL "
-                    "file that has it. Switch it off for diffusers only: a little more of the "
-                    "concept stays.",
+                    "ComfyUI, Forge, Automatic1111 and diffusers from 0.39 on load that part; "
+                    "diffusers before refuses an SDXL file that has it. Switch it off for those "
+                    "only: a little more of the concept stays.",
+                ),
+                io.Combo.Input(
+                    "names",
+                    options=list(NAMINGS),
+                    default=KOHYA,
+                    optional=True,  # graphs saved before there was a choice
+                    tooltip="Names of the matrices in the file. kohya: what most programs read. "
+                    "diffusers: for SD3 and Flux in diffusers, which finds nothing under kohya "
+                    "names there; ComfyUI reads these, too. Other families have one kind of names.",
                 ),
             ],
             outputs=[io.String.Output("path", display_name="path")],
@@ -69,10 +79,12 @@ class SaveErasure(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, erasure: Erasure, filename: str, pooled_vector: bool = True) -> io.NodeOutput:
+    def execute(
+        cls, erasure: Erasure, filename: str, pooled_vector: bool = True, names: str = KOHYA
+    ) -> io.NodeOutput:
         """Write the file and show where it is."""
         erasure = erasure if pooled_vector else erasure.without_pooled()
-        path = save_erasure(erasure, _loras(), filename)
+        path = save_erasure(erasure, _loras(), filename, names)
         return io.NodeOutput(str(path), ui=preview(f"Saved {path.name} in {path.parent}"))
 
 
@@ -114,7 +126,7 @@ class LoadErasure(io.ComfyNode):
         return io.NodeOutput(erasure, shown(report_text(erasure.record)))
 
 
-def save_erasure(erasure: Erasure, folder: Path, filename: str) -> Path:
+def save_erasure(erasure: Erasure, folder: Path, filename: str, names: str = KOHYA) -> Path:
     """Write the erasure under a free name in ``folder``; the same one twice gives one file.
 
     Several that save under one name at once each get a file.
@@ -124,7 +136,7 @@ def save_erasure(erasure: Erasure, folder: Path, filename: str) -> Path:
 
     Raises:
         ErasureFileError: a name that can't be one, a place outside of ``folder``, or one that can't
-            be written.
+            be written, or a matrix that has no name of that kind.
     """
     wanted = checked_name(filename)
     place = place_inside(folder, wanted)
@@ -141,12 +153,12 @@ def save_erasure(erasure: Erasure, folder: Path, filename: str) -> Path:
         path = place / (f"{stem}_{number}{SUFFIX}" if number > 1 else stem + SUFFIX)
         if not os.path.lexists(path):
             try:
-                erasure.save_new(path)
+                erasure.save_new(path, names)
             except FileExistsError:  # another saver was faster
                 pass
             else:
                 return path
-        if _holds(path, erasure):
+        if _holds(path, erasure, names):
             return path
 
 
@@ -209,8 +221,12 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:60] + "...")
 
 
-def _holds(path: Path, erasure: Erasure) -> bool:
+def _holds(path: Path, erasure: Erasure, names: str) -> bool:
     try:
-        return Erasure.load(path).identity == erasure.identity
+        same = Erasure.load(path).identity == erasure.identity
     except ErasureFileError:
         return False
+    if not same:
+        return False
+    with safe_open(str(path), framework="pt") as file:
+        return set(file.keys()) == set(erasure.tensors(names))

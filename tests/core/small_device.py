@@ -7,7 +7,7 @@ import weakref
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 
 class SmallDevice(TorchDispatchMode):
@@ -25,9 +25,9 @@ class SmallDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         """Called for every operation inside."""
-        before = {storage_of(t) for t in tree_leaves((arguments, keywords)) if is_tensor(t)}
+        before = {storage_of(t) for t in tree_flatten((arguments, keywords))[0] if is_tensor(t)}
         result = function(*arguments, **(keywords or {}))
-        for tensor in filter(is_tensor, tree_leaves(result)):
+        for tensor in filter(is_tensor, tree_flatten(result)[0]):
             if storage_of(tensor) not in before:
                 self._made(tensor)
         if self.alive > self.size:
