@@ -2,13 +2,14 @@
 
 Some hosts' layers add in place or detach; then the forward is right, nothing is raised, and the
 gradient is wrong. One derivative along one direction, against a central difference of the loss,
-shows it for a few predictions.
+shows it for a few predictions; in half precision, where rounding hides it, for some more.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,15 +17,24 @@ from torch import Tensor
 from .denoiser import LowRankEdit
 from .memory import out_of_memory
 
-MOST_APART = 0.05
-# Steps of the difference, in lengths of the direction. The first is half the cube root of the
-# precision (the cube root is the textbook's), but no smaller than this. Measured on a shrunken
-# U-Net in bf16: 0.2 is 4 % off by the loss's curvature, 0.1 and 0.05 by 1 %, 0.025 by 2 %, which
-# is rounding. Smaller steps follow before the gradient is blamed.
-SMALLEST_FIRST_STEP = 0.02
-SHRINK, TRIES = 4, 3
-# How much the loss should change along the direction of matrices that start from nothing.
-PROBE_CHANGE = 0.5
+# Half of the smallest fault that must be found, a gradient that is off by 5 %.
+MOST_APART = 0.025
+# Steps of the differences, in lengths of a direction along which the loss would be gone at 1 if it
+# went on falling as it begins. In single precision a small one will do alone: the loss's curvature
+# is nothing there.
+SMALL_STEP, SINGLE = 0.005, 1e-5
+# In half precision a small step is all rounding, and a large one bends. Differences at two steps
+# tell the curvature, which is taken out (Richardson's extrapolation). The steps are such that
+# rounding is 1 % at most on the toy model: there it is half the precision over the larger step.
+LARGE_STEP, STEPS_OF_PRECISION, TRIES = 0.1, 51, 2
+# How much doubt there may be about a derivative that is believed, relative, and how much there
+# always is. Of two differences that lie apart extrapolation may be off by as much as they are.
+BELIEVED, SLIGHTEST = 0.01, 1e-3
+# How far matrices are moved to see whether the loss depends on them at all.
+SMALLEST_NUDGE = 0.02
+
+Loss = Callable[[LowRankEdit], Tensor]
+Tensors = Mapping[str, Tensor]
 
 
 class GradientError(RuntimeError):
@@ -32,66 +42,230 @@ class GradientError(RuntimeError):
 
 
 def check_gradient(
-    loss: Callable[[LowRankEdit], Tensor],
+    loss: Loss,
     start: LowRankEdit,
     dtype: torch.dtype,
     scale: float = 1.0,
+    bases_too: bool = False,
+    elsewhere: Sequence[Loss] = (),
 ) -> float:
-    """Compare one directional derivative of a loss with a central difference.
+    """Compare directional derivatives of a loss with central differences.
 
-    It is taken half way between no edit and the one that training starts from, along the way from
-    one to the other: there the loss falls steeply, and every matrix has a share in it. Matrices
-    that start from nothing go along their own gradient instead.
+    That of B is taken half way between no edit and the one that training starts from, along the
+    way from one to the other: there the loss falls steeply, and every matrix has a share in it.
+    Matrices that start from nothing go along their own gradient instead, and so does R.
 
     Args:
         loss: of an edit, a scalar; the same for the same edit.
         start: where training starts.
         dtype: the precision that the model predicts in.
         scale: what the loss is multiplied with for the backward, see :class:`SurgeryTrainer`.
+        bases_too: whether R trains as well as B.
+        elsewhere: the loss at other states, which are asked where this one's bends or rounding
+            leave the difference in doubt.
 
     Returns:
-        The distance of the two derivatives relative to the larger one.
+        The distance of the two derivatives relative to the larger one; of B or R, whichever lie
+        farther apart.
 
     Raises:
-        GradientError: derivatives more than 5 % apart, or matrices that matter to the loss but
-            get no gradient.
+        GradientError: derivatives farther apart than a gradient that is right, or matrices that
+            matter to the loss but get no gradient.
     """
-    factors = {name: (b.detach() / 2).requires_grad_() for name, b in start.factors.items()}
-    _backward(loss(LowRankEdit(start.bases, factors)) * scale)
-    gradients = {n: torch.zeros_like(b) if b.grad is None else b.grad for n, b in factors.items()}
-    if scale > 1 and not all(gradient.isfinite().all() for gradient in gradients.values()):
-        return check_gradient(loss, start, dtype, smaller_scale(scale))
-    gradients = {name: gradient / scale for name, gradient in gradients.items()}
-    direction = _direction(start, gradients)
-    slope = sum(float((gradients[name] * direction[name]).sum()) for name in factors)
-    rounding = torch.finfo(dtype).eps
-    step = max(SMALLEST_FIRST_STEP, rounding ** (1 / 3) / 2)
+    found = [_apart_of(_factors_at, (loss, *elsewhere), start, dtype, scale)]
+    if bases_too:
+        found.append(_apart_of(_bases_at, (loss, *elsewhere), start, dtype, scale))
+    return max(found)
 
-    def along(direction: Mapping[str, Tensor], step: float) -> float:
+
+@dataclass(frozen=True)
+class _Line:
+    """A loss along a line through the values of an edit.
+
+    Attributes:
+        at: the loss of some values, with the others of the edit in place.
+        values: where the line goes through, by matrix name.
+        gradients: there, as autograd has them.
+        value: of the loss there.
+    """
+
+    at: Callable[[Tensors], Tensor]
+    values: Tensors
+    gradients: Tensors
+    value: float
+
+    def slope(self, direction: Tensors) -> float:
+        """The derivative along a direction, by the gradient."""
+        return sum(float((g * direction[name]).sum()) for name, g in self.gradients.items())
+
+    def difference(self, direction: Tensors, step: float) -> float:
+        """The same by a central difference."""
         ends = []
         for signed in (step, -step):
-            moved = {n: b.detach() + signed * direction[n] for n, b in factors.items()}
+            moved = {n: value.detach() + signed * direction[n] for n, value in self.values.items()}
             with torch.no_grad():
-                ends.append(float(loss(LowRankEdit(start.bases, moved))))
+                ends.append(float(self.at(moved)))
         return (ends[0] - ends[1]) / (2 * step)
 
-    silent = [name for name, gradient in gradients.items() if not gradient.any()]
-    if silent:
-        _refuse_if_it_matters(silent, along(_only(silent, direction), step), rounding**0.5)
-    tried = []
-    for shrunken in range(TRIES):
-        difference = along(direction, step / SHRINK**shrunken)
-        tried.append((_apart(slope, difference), difference))
-        if tried[-1][0] <= MOST_APART:
-            return tried[-1][0]
-    apart, difference = min(tried)
-    raise GradientError(
-        f"The model's gradient is wrong: along a test direction it gives {slope:.4g}, while the "
-        f"loss itself changes by {difference:.4g} ({apart:.0%} apart, at most {MOST_APART:.0%} is "
-        "allowed). Training would learn the wrong thing, so nothing was trained. Some layer of "
-        "this model or of a node upstream of it can't be trained through: take such nodes away or, "
-        "in the hard form, use the preset 'instant', which needs no gradient."
+    def falling(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Minus the gradient of some matrices, as long as would take the loss away."""
+        steepness = sum(float(self.gradients[name].square().sum()) for name in names)
+        length = abs(self.value) / steepness if steepness else 0.0
+        return {name: -length * self.gradients[name] for name in names}
+
+    def not_steep(self, direction: Tensors) -> dict[str, Tensor]:
+        """A direction, shortened where the loss would be gone before its end."""
+        slope = abs(self.slope(direction))
+        length = min(1.0, abs(self.value) / slope) if slope else 1.0
+        return {name: length * along for name, along in direction.items()}
+
+    def not_far(self, direction: Tensors) -> dict[str, Tensor]:
+        """A direction, shortened where it is longer than the values themselves."""
+        far, size = (
+            math.sqrt(sum(float(tensor.detach().square().sum()) for tensor in tensors.values()))
+            for tensors in (direction, self.values)
+        )
+        length = min(1.0, size / far) if far else 1.0
+        return {name: length * along for name, along in direction.items()}
+
+
+def _factors_at(loss: Loss, start: LowRankEdit, scale: float) -> tuple[_Line, dict[str, Tensor]]:
+    """The loss as B changes, half way to the start, and the direction to go in."""
+    line = _line(
+        lambda factors: loss(LowRankEdit(start.bases, factors)),
+        {name: b.detach() / 2 for name, b in start.factors.items()},
+        scale,
     )
+    fresh = _fresh(start)
+    direction = {name: b.detach() for name, b in start.factors.items()}
+    return line, line.not_steep({**direction, **line.falling(fresh)})
+
+
+def _bases_at(loss: Loss, start: LowRankEdit, scale: float) -> tuple[_Line, dict[str, Tensor]]:
+    """The same as R changes. Where B is nothing R is of no effect: that B is moved first."""
+    factors, fresh = {name: b.detach() / 2 for name, b in start.factors.items()}, _fresh(start)
+    if fresh:
+        line, _ = _factors_at(loss, start, scale)
+        factors |= {name: along / 2 for name, along in line.falling(fresh).items()}
+    line = _line(
+        lambda bases: loss(LowRankEdit(bases, factors)),
+        {name: basis.detach().clone() for name, basis in start.bases.items()},
+        scale,
+    )
+    return line, line.not_far(line.falling(list(start.bases)))
+
+
+def _fresh(start: LowRankEdit) -> list[str]:
+    """The matrices that start from nothing."""
+    return [name for name, b in start.factors.items() if not b.any()]
+
+
+def _line(at: Callable[[Tensors], Tensor], values: Tensors, scale: float) -> _Line:
+    values = {name: value.requires_grad_() for name, value in values.items()}
+    loss = at(values)
+    _backward(loss * scale)
+    gradients = {n: torch.zeros_like(v) if v.grad is None else v.grad for n, v in values.items()}
+    if scale > 1 and not all(gradient.isfinite().all() for gradient in gradients.values()):
+        return _line(at, {n: v.detach() for n, v in values.items()}, smaller_scale(scale))
+    gradients = {name: gradient / scale for name, gradient in gradients.items()}
+    return _Line(at, values, gradients, float(loss.detach()))
+
+
+def _apart_of(
+    line_at: Callable[[Loss, LowRankEdit, float], tuple[_Line, dict[str, Tensor]]],
+    losses: Sequence[Loss],
+    start: LowRankEdit,
+    dtype: torch.dtype,
+    scale: float,
+) -> float:
+    """How far apart the derivatives of B, or of R, are; the first loss that is believed decides.
+
+    Raises:
+        GradientError: too far.
+    """
+    rounding = torch.finfo(dtype).eps
+    found: list[_Comparison] = []
+    for loss in losses:
+        line, direction = line_at(loss, start, scale)
+        _refuse_silent(line, direction, rounding)
+        found.append(_compare(line, direction, rounding))
+        off, doubt = _together(found)
+        if doubt <= BELIEVED:
+            break
+    apart = _apart(1.0, 1.0 + off)
+    # What is never believed is judged in its favour: a right gradient must not be refused.
+    if apart > MOST_APART + (doubt if doubt > BELIEVED else 0.0):
+        slope = min(found, key=lambda one: one.doubt).slope
+        raise GradientError(
+            f"The model's gradient is wrong: along a test direction it gives {slope:.4g}, while "
+            f"the loss itself changes by {slope * (1 + off):.4g} ({apart:.1%} apart, at most "
+            f"{MOST_APART:.1%} is allowed). Training would learn the wrong thing, so nothing was "
+            "trained. Some layer of this model or of a node upstream of it can't be trained "
+            "through: take such nodes away or, in the hard form, use the preset 'instant', which "
+            "needs no gradient."
+        )
+    return apart
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """A derivative by the gradient, and what differences say about it.
+
+    Attributes:
+        slope: by the gradient.
+        off: how much more it is by differences, relative to the slope.
+        doubt: how far that may be wrong, likewise.
+    """
+
+    slope: float
+    off: float
+    doubt: float
+
+    @classmethod
+    def of(cls, slope: float, difference: float, doubt: float) -> _Comparison:
+        """A comparison with a difference that may be wrong by ``doubt``.
+
+        Raises:
+            GradientError: one is NaN or infinite.
+        """
+        _apart(slope, difference)
+        if not slope:
+            return cls(slope, 0.0 if abs(difference) <= doubt else 1 / SLIGHTEST, SLIGHTEST)
+        return cls(slope, difference / slope - 1, max(SLIGHTEST, doubt / abs(slope)))
+
+
+def _together(found: Sequence[_Comparison]) -> tuple[float, float]:
+    """How far a gradient is off by all comparisons, and the doubt: a mean weighted by variances."""
+    weights = [1 / one.doubt**2 for one in found]
+    off = sum(w * one.off for w, one in zip(weights, found, strict=True)) / sum(weights)
+    return off, sum(weights) ** -0.5
+
+
+def _compare(line: _Line, direction: Tensors, rounding: float) -> _Comparison:
+    """The derivative along a direction, by the gradient and by differences of the loss."""
+    slope = line.slope(direction)
+    if rounding < SINGLE:
+        found = _Comparison.of(slope, line.difference(direction, SMALL_STEP), 0.0)
+        if _apart(1.0, 1.0 + found.off) <= MOST_APART:
+            return found
+    step = max(LARGE_STEP, STEPS_OF_PRECISION * rounding)
+    before, tried = line.difference(direction, step), []
+    for _ in range(TRIES):
+        after = line.difference(direction, step / 2)
+        doubt = abs(after - before) + rounding * abs(line.value) / (2 * step)
+        tried.append(_Comparison.of(slope, after + (after - before) / 3, doubt))
+        if tried[-1].doubt <= BELIEVED:
+            break
+        step, before = step / 2, after
+    return min(tried, key=lambda one: one.doubt)
+
+
+def _refuse_silent(line: _Line, direction: Tensors, rounding: float) -> None:
+    silent = [name for name, gradient in line.gradients.items() if not gradient.any()]
+    if silent:
+        nudge = max(SMALLEST_NUDGE, rounding ** (1 / 3) / 2)
+        slope = line.difference(_only(silent, direction), nudge)
+        _refuse_if_it_matters(silent, slope, rounding**0.5)
 
 
 def smaller_scale(scale: float) -> float:
@@ -143,7 +317,7 @@ def _refuse_if_it_matters(silent: list[str], slope: float, rounding: float) -> N
         )
 
 
-def _only(names: list[str], direction: dict[str, Tensor]) -> dict[str, Tensor]:
+def _only(names: list[str], direction: Tensors) -> dict[str, Tensor]:
     """A direction for these matrices alone: their own, or a random one where it is nothing."""
     generator = torch.Generator().manual_seed(0)
     alone = {}
@@ -153,14 +327,3 @@ def _only(names: list[str], direction: dict[str, Tensor]) -> dict[str, Tensor]:
             noise = torch.randn(along.shape, generator=generator).to(along)
             alone[name] = along if along.any() else noise / noise.norm()
     return alone
-
-
-def _direction(start: LowRankEdit, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The start itself, and minus the gradient where the start is nothing."""
-    fresh = [name for name, b in start.factors.items() if not b.any()]
-    steepness = sum(float(gradients[name].square().sum()) for name in fresh)
-    scale = -PROBE_CHANGE / steepness if steepness else 0.0
-    return {
-        name: gradients[name] * scale if name in fresh else b.detach()
-        for name, b in start.factors.items()
-    }

@@ -16,8 +16,11 @@ TRIAL_TRAJECTORIES = 2
 STOP_STATES = 6
 STOP_EVERY = 10
 # One image forward, to count what its backward needs; then forward and backward, and forward at
-# both ends of a difference.
+# both ends of a difference, where that leaves no doubt.
 CHECKED_GRADIENT = 6
+# What R adds where it trains too: a difference, forward and backward, and these once more where B
+# starts from nothing.
+CHECKED_BASES = 8
 # From so many evaluations at the model's own size on, a person is told before they are made: more
 # than half an hour at five a second. The largest preset plans 2,000 for a concept.
 MANY_EVALUATIONS = 10_000
@@ -44,11 +47,12 @@ def planned_cost(
     trial = settings.trial_steps if settings.steps and not plain else 0
     stops = settings.steps // STOP_EVERY if settings.stop_below else 0
     images = 1 + soft + bool(kept)
+    checked = CHECKED_GRADIENT + soft * CHECKED_BASES
     compared = tried if settings.steps and not soft else 0
     return {
         "pool": (3 * (training + held_out) + 2 * kept) * settings.sampling_steps,
         "protection": tried * (MOST_TRIES if settings.protection is None else 1),
-        "gradient": CHECKED_GRADIENT * images * (1 + bool(trial)) if settings.steps else 0,
+        "gradient": checked * images * (1 + bool(trial)) if settings.steps else 0,
         "trial": with_gradient * trial * settings.batch + tried if trial else 0,
         "training": with_gradient * settings.steps * settings.batch * images
         + stops * STOP_STATES * concepts

@@ -32,7 +32,7 @@ from .record import NO_HELP, NO_TRAINING, STOPPED, TRAINED, VERSION, WORSE
 from .settings import EraseSettings
 from .states import Sampling, States, Trajectories, draw_pairs, sample_states
 from .subspace import ExactSet
-from .trainer import DivergedError, SurgeryTrainer, TrainingError
+from .trainer import CHECKED_PLACES, DivergedError, SurgeryTrainer, TrainingError
 
 READING = "Reading ordinary language, {0[0]} of {0[1]} prompts"
 
@@ -244,7 +244,9 @@ class Run:
         yield self.progress("Checking the gradient")
         before = self.denoiser.forward_equivalents
         trainer.fit_to_memory()
-        self.gradient_apart = trainer.check_gradient()
+        # After a trial, whose gradient was checked, one place will do.
+        places = CHECKED_PLACES if self.gradient_apart is None else 1
+        self.gradient_apart = trainer.check_gradient(places)
         self._plan["gradient"] = self.denoiser.forward_equivalents - before
         if trainer.fit.checkpointing:
             planned = self._planned(with_gradient=Recompute.forward_equivalents)

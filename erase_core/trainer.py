@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ WARMUP_SHARE = 0.1
 FINAL_RATE = 0.05
 # Half precision with few exponent bits loses small gradients; Adam does not mind the scale.
 LOSS_SCALE = 1024.0
+# States at which the gradient is checked, at most; one nearly always is enough.
+CHECKED_PLACES = 3
 
 
 class TrainingError(RuntimeError):
@@ -166,7 +169,7 @@ class SurgeryTrainer:
         saved = SavedBytes(known)
         with advice_instead("train", TrainingError):
             with self._denoiser.around_blocks(saved), saved.counting():
-                self.loss(edit, *self._one_state())
+                self._loss_at(*self._far_states(1), edit)
         need = Need.counted(saved)
         free = self._denoiser.room(Fit().needs(need, batch))
         self.fit = Fit.into(free, need, batch)
@@ -185,8 +188,11 @@ class SurgeryTrainer:
             **self._estimate,
         }
 
-    def check_gradient(self) -> float:
+    def check_gradient(self, places: int = CHECKED_PLACES) -> float:
         """Check that the gradient is the loss's: at the state that has farthest to go.
+
+        Args:
+            places: most states to look at, where one after the other leaves it in doubt.
 
         Returns:
             How far apart the two are, relative.
@@ -196,21 +202,30 @@ class SurgeryTrainer:
             TrainingError: there isn't memory for a single state.
         """
         start, dtype = self.edit.to(self._denoiser.device), self._denoiser.dtype
+        losses = [partial(self._loss_at, index) for index in self._far_states(places)]
         apart = None
         while apart is None:
             apart = self._or_use_less(
                 lambda: check_gradient(
-                    lambda edit: self.loss(edit, *self._one_state()), start, dtype, self._loss_scale
+                    losses[0], start, dtype, self._loss_scale, self._soft, losses[1:]
                 ),
                 batch=1,
             )
         return apart
 
-    def _one_state(self) -> tuple[Tensor, Tensor]:
-        """The state that has farthest to go, and one of what the soft form holds."""
+    def _far_states(self, count: int) -> list[Tensor]:
+        """The state that has farthest to go, and others of the farther half, (1,) each."""
         states = self._pool.states
         squared = (states.g_erased - self._targets).flatten(1).square().sum(1)
-        return (self._weight(states.sigma) * squared).argmax()[None], torch.arange(1)
+        order = (self._weight(states.sigma) * squared).argsort(descending=True)
+        # The next in order is often of the same trajectory, and as hard to tell.
+        return list(
+            order[: max(1, len(order) // 2)][:: max(1, len(order) // (2 * count))][:count, None]
+        )
+
+    def _loss_at(self, index: Tensor, edit: LowRankEdit) -> Tensor:
+        """The loss at one state, and at one of what the soft form holds."""
+        return self.loss(edit, index, torch.arange(1))
 
     def _blocks(self) -> AbstractContextManager[None]:
         if self.fit.checkpointing:

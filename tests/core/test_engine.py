@@ -176,7 +176,7 @@ def test_a_gradient_that_no_loss_scale_makes_finite_ends_training(monkeypatch, d
 def test_a_round_of_all_concepts_counts_the_ridge_once(monkeypatch, form, concepts):
     """As the closed form does, however many concepts there are, in both forms."""
     made = []
-    monkeypatch.setattr(SurgeryTrainer, "check_gradient", lambda self: made.append(self) or 0.0)
+    monkeypatch.setattr(SurgeryTrainer, "check_gradient", lambda self, _: made.append(self) or 0.0)
     run(form=form, concepts=concepts, steps=1, protection=1.0)
     (trainer,) = made
     monkeypatch.setattr(trainer, "loss", lambda edit, *_: 0 * sum(map(torch.sum, _values(edit))))

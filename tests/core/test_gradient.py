@@ -4,7 +4,8 @@ from statistics import median
 
 import pytest
 import torch
-from concept_surgery.erase_core import GradientError, erase, preset_settings
+from concept_surgery.erase_core import GradientError, erase, preset_settings, trainer
+from concept_surgery.erase_core.denoiser import LowRankEdit
 from concept_surgery.erase_core.gradient import MOST_APART, check_gradient
 
 from .toy import ToyDenoiser
@@ -105,6 +106,104 @@ def test_half_precision_is_told_from_a_wrong_gradient(dtype):
     for seed in range(7):
         with pytest.raises(GradientError, match="gradient is wrong"):
             apart(seed, 0.8)
+
+
+class RoundingToy(ToyDenoiser):
+    """Its network puts out half precision."""
+
+    def __init__(self, dtype, layers="key-value"):
+        super().__init__(layers)
+        self.dtype = dtype
+
+    def predict_x0(self, x, sigma, prompts, edit=None):
+        sigmas = sigma.view(-1, 1, 1, 1)
+        eps = (x - super().predict_x0(x, sigma, prompts, edit)) / sigmas
+        return x - sigmas * eps.to(self.dtype).float()
+
+
+class Checked(Exception):
+    """The end of a run whose gradient is asked for."""
+
+
+def asked(monkeypatch, dtype, **values):
+    """What a run asks of the check: a function of how wrong the gradients of B and of R are."""
+    given = {}
+
+    def note(loss, start, dtype, scale, bases_too, elsewhere):
+        given.update(losses=[loss, *elsewhere], start=start, more=(dtype, scale, bases_too))
+        raise Checked
+
+    monkeypatch.setattr(trainer, "check_gradient", note)
+    with pytest.raises(Checked):
+        record_of(RoundingToy(dtype, values.get("layers", "key-value")), **values)
+
+    def check(of_factors=1.0, of_bases=1.0):
+        def scaled(tensors, factor):
+            return {
+                name: ScaledGradient.apply(tensor, factor) if tensor.requires_grad else tensor
+                for name, tensor in tensors.items()
+            }
+
+        def wrong(loss):
+            return lambda edit: loss(
+                LowRankEdit(scaled(edit.bases, of_bases), scaled(edit.factors, of_factors))
+            )
+
+        loss, *elsewhere = map(wrong, given["losses"])
+        return check_gradient(loss, given["start"], *given["more"], elsewhere)
+
+    return check
+
+
+FORMS = {
+    "hard": {},
+    "strong": {"protection": 1.0},
+    "from nothing": {"warm_start": False},
+    "soft": {"form": "soft"},
+    "soft, other layers": {"form": "soft", "layers": "cross-attention", "warm_start": False},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_twentieth_is_refused_at_every_state_and_a_right_gradient_at_none(
+    monkeypatch, form, dtype
+):
+    for seed in range(5):
+        check = asked(monkeypatch, dtype, seed=seed, **FORMS[form])
+        assert check() <= MOST_APART
+        wrong = [{"of_factors": factor} for factor in (0.95, 1.05)]
+        if form.startswith("soft"):
+            wrong += [{"of_bases": factor} for factor in (0.95, 1.05)]
+        for one in wrong:
+            with pytest.raises(GradientError, match="gradient is wrong"):
+                check(**one)
+
+
+@pytest.mark.parametrize("form", ["hard", "from nothing", "soft"])
+def test_the_coarsest_rounding_hides_less_than_a_tenth(monkeypatch, form):
+    for seed in range(4):
+        check = asked(monkeypatch, torch.bfloat16, seed=seed, **FORMS[form])
+        check()
+        for factor in (0.9, 1.12):
+            with pytest.raises(GradientError, match="gradient is wrong"):
+                check(of_factors=factor)
+
+
+def test_the_soft_form_needs_the_gradient_of_the_bases_too():
+    class Detaching(ToyDenoiser):
+        def predict_x0(self, x, sigma, prompts, edit=None):
+            if edit is not None:
+                cut = {name: self.cut(name, basis) for name, basis in edit.bases.items()}
+                edit = LowRankEdit(cut, edit.factors)
+            return super().predict_x0(x, sigma, prompts, edit)
+
+        def cut(self, name, basis):
+            return basis.detach() if name.endswith("to_v") else basis
+
+    assert record_of(Detaching(), protection=1.0)["gradient_apart"] <= 0.02
+    with pytest.raises(GradientError, match="No gradient reaches 1 of the trained matrices.*to_v"):
+        record_of(Detaching(), form="soft", protection=1.0)
 
 
 def test_the_check_costs_five_after_one_for_the_memory_and_touches_nothing():
