@@ -127,8 +127,8 @@ def metadata(
             of the LoRA, where two files of one name or a ``:`` in it would do nothing.
     """
     settings, family = record["settings"], by_name(record["family"])
-    concepts = concept_list(record)
-    base = record["base"]["name"] or record["family"]
+    concepts = _encodable(concept_list(record))
+    base = _encodable(record["base"]["name"]) or record["family"]
     title = f"Erase {concepts} ({_preset(record)}, {base})"
     info = {
         RECORD_KEY: json.dumps(record, sort_keys=True),
@@ -151,6 +151,11 @@ def metadata(
     if family in (SD2, SD2_V):  # else Automatic1111 takes it for SD1 and hides it under an SD2
         info["ss_v2"] = "True"
     return info
+
+
+def _encodable(text: str) -> str:
+    """Text without halves of a surrogate pair, which JSON can bring and no file can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _preset(record: Mapping[str, Any]) -> str:
