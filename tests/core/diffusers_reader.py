@@ -1,4 +1,4 @@
-"""What diffusers makes of LoRA files; its own process, away from the host's stubs.
+"""What diffusers makes of LoRA files, in a process of its own, which the host's stubs stay out of.
 
 ``python diffusers_reader.py FOLDER``: for each FOLDER/FAMILY.safetensors it loads the file as its
 pipelines do, onto a shrunken network of the family, and writes what that changed in the weights to
