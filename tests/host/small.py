@@ -51,12 +51,29 @@ def random_text_encoder(config):
     return clip
 
 
-def built_model(architecture: str):
+# What makes a transformer read the host's own text encoders, T5 among them.
+REAL_WIDTHS = {
+    "sd3": {
+        "adm_in_channels": 2048,
+        "context_embedder_config": {
+            "target": "torch.nn.Linear",
+            "params": {"in_features": 4096, "out_features": 64 * 4},
+        },
+    },
+    "flux": {"context_in_dim": 4096},
+}
+
+
+def built_model(architecture: str, **changes):
     """MODEL and CLIP of a shrunken transformer, built in Python from the host's classes.
 
     CLIP-L stands for their text encoders: all take the width of the tokens from their weights.
+
+    Args:
+        **changes: put over the configuration, such as :data:`REAL_WIDTHS`.
     """
     config_class, unet = _TRANSFORMERS[architecture]
+    unet = {**unet, **changes}
     management = comfy.model_management
     device, offload = management.get_torch_device(), management.unet_offload_device()
     with torch.inference_mode():

@@ -22,7 +22,7 @@ from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.host import ComfyDenoiser
 from concept_surgery.nodes.tokens import row_ids
 
-from .small import built_model
+from .small import REAL_WIDTHS, built_model
 
 SMALL = {
     **{
@@ -49,7 +49,7 @@ def sd3():
     """SD3's denoiser, with CLIP-L, CLIP-G and T5."""
     target = sd3_clip.sd3_clip(dtype_t5=torch.float16)
     clip = small_clip(sd3_clip.SD3Tokenizer, target)
-    return ComfyDenoiser(built_model("sd3")[0], clip, "", 2, 64)
+    return ComfyDenoiser(built_model("sd3", **REAL_WIDTHS["sd3"])[0], clip, "", 2, 64)
 
 
 def test_every_row_has_its_token(sd3):
@@ -75,7 +75,7 @@ def test_words_are_aligned_in_both_encoders(sd3):
 
 def test_of_flux_the_rows_are_t5s():
     clip = small_clip(flux.FluxTokenizer, flux.flux_clip(dtype_t5=torch.float16))
-    denoiser = ComfyDenoiser(built_model("flux")[0], clip, "", 2, 64)
+    denoiser = ComfyDenoiser(built_model("flux", **REAL_WIDTHS["flux"])[0], clip, "", 2, 64)
     for own, encoded in zip(denoiser.token_ids(PROMPTS), denoiser.encode(PROMPTS), strict=True):
         assert len(own) == len(encoded.tokens) and encoded.pooled is not None
 

@@ -32,7 +32,7 @@ from concept_surgery.erase_core.language import spread
 from concept_surgery.nodes.host import ComfyDenoiser
 from concept_surgery.nodes.vocabulary import vocabulary
 
-from .small import built_model
+from .small import REAL_WIDTHS, built_model
 from .test_text_encoders import small_clip
 
 COMMON = {"cat", "house", "elephant"}
@@ -180,5 +180,5 @@ def test_no_words_where_nothing_is_listed(clip):
 
 def test_of_flux_the_words_are_t5s():
     clip = small_clip(flux.FluxTokenizer, flux.flux_clip(dtype_t5=torch.float16))
-    denoiser = ComfyDenoiser(built_model("flux")[0], clip, "", 2, 64)
+    denoiser = ComfyDenoiser(built_model("flux", **REAL_WIDTHS["flux"])[0], clip, "", 2, 64)
     assert denoiser.vocabulary() == vocabulary(clip_with(clip.tokenizer.t5xxl))
