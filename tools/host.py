@@ -194,6 +194,12 @@ class ComfyHost:
         """Press cancel: stops the graph that runs now."""
         self.post("/interrupt", {})
 
+    def kill(self) -> None:
+        """End the host as a power cut would: nothing of it gets to clean up."""
+        if self._process is not None:
+            _signal_group(self._process, getattr(signal, "SIGKILL", signal.SIGTERM))
+            self._process.wait(10)
+
     def free(self) -> None:
         """Unload models and forget cached results. The host does it between two graphs."""
         self.post("/free", {"unload_models": True, "free_memory": True})
