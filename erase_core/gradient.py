@@ -248,13 +248,31 @@ def _together(found: Sequence[_Comparison]) -> tuple[float, float]:
     return off, sum(weights) ** -0.5
 
 
+def _by_small_steps(line: _Line, direction: Tensors, slope: float) -> _Comparison | None:
+    """The comparison by steps as single precision allows them; None where they don't decide."""
+    larger = None
+    for shrunken in range(SMALLER):
+        step = SMALL_STEP / SHRINK**shrunken
+        found = _Comparison.of(slope, line.difference(direction, step), 0.0)
+        if larger is None:
+            if found.apart <= MOST_APART:
+                return found
+        elif abs(found.off - larger.off) <= SURE:
+            return larger  # the loss is straight there, and the gradient another
+        # Curvature falls with the step's square: a smaller one is believed where that explains
+        # what was before, else rounding may have brought the two together.
+        elif found.apart <= SURE and (shrunken == 1 or abs(larger.off) > SHRINK**2 * SURE):
+            return found
+        larger = found
+    return None
+
+
 def _compare(line: _Line, direction: Tensors, rounding: float) -> _Comparison:
     """The derivative along a direction, by the gradient and by differences of the loss."""
     slope = line.slope(direction)
-    for shrunken in range(SMALLER if rounding < SINGLE else 0):
-        step = SMALL_STEP / SHRINK**shrunken
-        found = _Comparison.of(slope, line.difference(direction, step), 0.0)
-        if found.apart <= (SURE if shrunken else MOST_APART):
+    if rounding < SINGLE:
+        found = _by_small_steps(line, direction, slope)
+        if found is not None:
             return found
     step = max(LARGE_STEP, STEPS_OF_PRECISION * rounding)
     before, tried = line.difference(direction, step), []
