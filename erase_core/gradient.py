@@ -20,9 +20,11 @@ from .memory import out_of_memory
 # Half of the smallest fault that must be found, a gradient that is off by 5 %.
 MOST_APART = 0.025
 # Steps of the differences, in lengths of a direction along which the loss would be gone at 1 if it
-# went on falling as it begins. In single precision a small one will do alone: the loss's curvature
-# is nothing there.
-SMALL_STEP, SINGLE = 0.005, 1e-5
+# went on falling as it begins. In single precision a small one will do alone, as the loss's
+# curvature is next to nothing there. Smaller ones follow before the gradient is blamed: on a
+# shrunken PixArt that starts from nothing the loss is straight from .0002 on. Rounding is 1 %
+# there, so the two must come nearer.
+SMALL_STEP, SINGLE, SHRINK, SMALLER, SURE = 0.005, 1e-5, 5, 3, 0.01
 # In half precision a small step is all rounding, and a large one bends. Differences at two steps
 # tell the curvature, which is taken out (Richardson's extrapolation). The steps are such that
 # rounding is 1 % at most on the toy model: there it is half the precision over the larger step.
@@ -146,7 +148,7 @@ def _bases_at(loss: Loss, start: LowRankEdit, scale: float) -> tuple[_Line, dict
     factors, fresh = {name: b.detach() / 2 for name, b in start.factors.items()}, _fresh(start)
     if fresh:
         line, _ = _factors_at(loss, start, scale)
-        factors |= {name: along / 2 for name, along in line.falling(fresh).items()}
+        factors |= {name: along / 8 for name, along in line.falling(fresh).items()}
     line = _line(
         lambda bases: loss(LowRankEdit(bases, factors)),
         {name: basis.detach().clone() for name, basis in start.bases.items()},
@@ -233,6 +235,11 @@ class _Comparison:
             return cls(slope, 0.0 if abs(difference) <= doubt else 1 / SLIGHTEST, SLIGHTEST)
         return cls(slope, difference / slope - 1, max(SLIGHTEST, doubt / abs(slope)))
 
+    @property
+    def apart(self) -> float:
+        """The distance of the two, relative to the larger."""
+        return _apart(1.0, 1.0 + self.off)
+
 
 def _together(found: Sequence[_Comparison]) -> tuple[float, float]:
     """How far a gradient is off by all comparisons, and the doubt: a mean weighted by variances."""
@@ -241,12 +248,31 @@ def _together(found: Sequence[_Comparison]) -> tuple[float, float]:
     return off, sum(weights) ** -0.5
 
 
+def _by_small_steps(line: _Line, direction: Tensors, slope: float) -> _Comparison | None:
+    """The comparison by steps as single precision allows them; None where they don't decide."""
+    larger = None
+    for shrunken in range(SMALLER):
+        step = SMALL_STEP / SHRINK**shrunken
+        found = _Comparison.of(slope, line.difference(direction, step), 0.0)
+        if larger is None:
+            if found.apart <= MOST_APART:
+                return found
+        elif abs(found.off - larger.off) <= SURE:
+            return larger  # the loss is straight there, and the gradient another
+        # Curvature falls with the step's square: a smaller one is believed where that explains
+        # what was before, else rounding may have brought the two together.
+        elif found.apart <= SURE and (shrunken == 1 or abs(larger.off) > SHRINK**2 * SURE):
+            return found
+        larger = found
+    return None
+
+
 def _compare(line: _Line, direction: Tensors, rounding: float) -> _Comparison:
     """The derivative along a direction, by the gradient and by differences of the loss."""
     slope = line.slope(direction)
     if rounding < SINGLE:
-        found = _Comparison.of(slope, line.difference(direction, SMALL_STEP), 0.0)
-        if _apart(1.0, 1.0 + found.off) <= MOST_APART:
+        found = _by_small_steps(line, direction, slope)
+        if found is not None:
             return found
     step = max(LARGE_STEP, STEPS_OF_PRECISION * rounding)
     before, tried = line.difference(direction, step), []
@@ -257,7 +283,16 @@ def _compare(line: _Line, direction: Tensors, rounding: float) -> _Comparison:
         if tried[-1].doubt <= BELIEVED:
             break
         step, before = step / 2, after
-    return min(tried, key=lambda one: one.doubt)
+    clearest = min(tried, key=lambda one: one.doubt)
+    if clearest.apart <= MOST_APART:
+        return clearest
+    # A loss that has levelled off at both steps shows no bend between them. Where a far smaller
+    # step comes nearer to the gradient than rounding can bring it, it is the steps that are wrong.
+    step /= SHRINK**2
+    doubt = rounding * abs(line.value) / step
+    near = _Comparison.of(slope, line.difference(direction, step), doubt)
+    nearer = abs(clearest.off) - abs(near.off) - near.doubt
+    return _Comparison(slope, clearest.off, max(clearest.doubt, nearer))
 
 
 def _refuse_silent(line: _Line, direction: Tensors, rounding: float) -> None:
