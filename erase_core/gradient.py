@@ -25,6 +25,9 @@ MOST_APART = 0.025
 # shrunken PixArt that starts from nothing the loss is straight from .0002 on. Rounding is 1 %
 # there, so the two must come nearer.
 SMALL_STEP, SINGLE, SHRINK, SMALLER, SURE = 0.005, 1e-5, 5, 3, 0.01
+# A loss in single precision is off by up to this much of itself on the toy model: at high noise x0
+# is the difference of large numbers. A loss that is smaller is gone, and nothing is to be learned.
+SINGLE_ROUNDED, GONE = 2e-5, 1e-6
 # In half precision a small step is all rounding, and a large one bends. Differences at two steps
 # tell the curvature, which is taken out (Richardson's extrapolation). The steps are such that
 # rounding is 1 % at most on the toy model: there it is half the precision over the larger step.
@@ -191,6 +194,9 @@ def _apart_of(
         line, direction = line_at(loss, start, scale)
         _refuse_silent(line, direction, rounding)
         found.append(_compare(line, direction, rounding))
+        if found[-1].doubt > BELIEVED:  # not steep enough: as steep as can be
+            steepest = line.falling(list(line.values))
+            found.append(_compare(line, steepest, rounding))
         off, doubt = _together(found)
         if doubt <= BELIEVED:
             break
@@ -253,7 +259,10 @@ def _by_small_steps(line: _Line, direction: Tensors, slope: float) -> _Compariso
     larger = None
     for shrunken in range(SMALLER):
         step = SMALL_STEP / SHRINK**shrunken
-        found = _Comparison.of(slope, line.difference(direction, step), 0.0)
+        doubt = SINGLE_ROUNDED * abs(line.value) / step
+        found = _Comparison.of(slope, line.difference(direction, step), doubt)
+        if found.doubt > SURE:
+            return None  # the loss hardly changes there, and a smaller step shows less
         if larger is None:
             if found.apart <= MOST_APART:
                 return found
@@ -270,10 +279,13 @@ def _by_small_steps(line: _Line, direction: Tensors, slope: float) -> _Compariso
 def _compare(line: _Line, direction: Tensors, rounding: float) -> _Comparison:
     """The derivative along a direction, by the gradient and by differences of the loss."""
     slope = line.slope(direction)
+    if abs(line.value) <= GONE:
+        return _Comparison(slope, 0.0, 1.0)
     if rounding < SINGLE:
         found = _by_small_steps(line, direction, slope)
         if found is not None:
             return found
+        rounding = SINGLE_ROUNDED
     step = max(LARGE_STEP, STEPS_OF_PRECISION * rounding)
     before, tried = line.difference(direction, step), []
     for _ in range(TRIES):

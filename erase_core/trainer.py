@@ -224,8 +224,13 @@ class SurgeryTrainer:
         )
 
     def _loss_at(self, index: Tensor, edit: LowRankEdit) -> Tensor:
-        """The loss at one state, and at one of what the soft form holds."""
-        return self.loss(edit, index, torch.arange(1))
+        """The loss at one state, and at one of what the soft form holds.
+
+        Where the null score is held back from learning ("detached"), training doesn't follow the
+        loss's gradient and isn't meant to. What can be checked is that of the same predictions.
+        """
+        held_back = self._settings.null_score == "detached"
+        return self.loss(edit, index, torch.arange(1), "student" if held_back else "")
 
     def _blocks(self) -> AbstractContextManager[None]:
         if self.fit.checkpointing:
@@ -254,12 +259,15 @@ class SurgeryTrainer:
         self.fit = smaller
         return None
 
-    def loss(self, edit: LowRankEdit, index: Tensor, kept_index: Tensor) -> Tensor:
+    def loss(
+        self, edit: LowRankEdit, index: Tensor, kept_index: Tensor, null_score: str = ""
+    ) -> Tensor:
         """Surgery loss of an edit at some states; nothing moved is a loss of 1.
 
         Args:
             index: states of the prompt pairs, (n,).
             kept_index: states of what the soft form holds, (m,); not looked at without any.
+            null_score: in place of that of the settings.
         """
         states = self._pool.states[index]
         asked = [(states, [self._pool.pairs[i].erased for i in states.index.tolist()])]
@@ -280,7 +288,7 @@ class SurgeryTrainer:
             keep_weight=self._settings.keep_weight,
             weight=self._weight(states.sigma).to(guidance.device),
             kept_weight=self._weight(asked[-1][0].sigma).to(guidance.device),
-            null_score=self._settings.null_score if self._soft else "frozen",
+            null_score=(null_score or self._settings.null_score) if self._soft else "frozen",
         )
 
     def _guidance(
