@@ -18,7 +18,6 @@ from concept_surgery.erase_core.alignment import word_span
 from concept_surgery.erase_core.denoiser import LowRankEdit
 from concept_surgery.erase_core.language import plain_captions, spread
 from concept_surgery.erase_core.prompts import prompt_pairs
-from concept_surgery.erase_core.record import VERSION
 from concept_surgery.erase_core.settings import EraseSettings
 from concept_surgery.erase_core.texts import Concept
 from torch import Tensor
@@ -205,10 +204,13 @@ class _Batched(PeersDenoiser):
         return self._denoiser.encode(prompts, together=True)
 
 
+# The first version whose results on these two models are those of today. 0.8.0 gives the same to
+# the last bit in all 56 instant erasures.
+ENGINE = "0.7.0"
 OCE_TOLD = {**oce.PUBLISHED, "phrasings": False}  # its own five make way for all of ours
-INSTANT = Method("ours/instant", _ours, {"preset": "instant"}, VERSION)
-BALANCED = Method("ours/balanced", _ours, {"preset": "balanced"}, VERSION)
-ONE_BY_ONE = Method("ours/instant, one by one", _one_by_one, {"preset": "instant"}, VERSION)
+INSTANT = Method("ours/instant", _ours, {"preset": "instant"}, ENGINE)
+BALANCED = Method("ours/balanced", _ours, {"preset": "balanced"}, ENGINE)
+ONE_BY_ONE = Method("ours/instant, one by one", _one_by_one, {"preset": "instant"}, ENGINE)
 OURS = (INSTANT, BALANCED)
 TOLD = (
     Method("speed-phrased", _peer(speed.train, True), speed.PUBLISHED),
@@ -222,7 +224,7 @@ BARE = (
 )
 PEERS = (*TOLD, *BARE)
 BROKEN = tuple(
-    Method(f"broken: {name}", _ours, settings, VERSION)
+    Method(f"broken: {name}", _ours, settings, ENGINE)
     for name, settings in {
         "instant, protection 0": {"preset": "instant", "protection": 0.0},
         "balanced, protection 0": {"preset": "balanced", "protection": 0.0},
