@@ -116,10 +116,17 @@ def plain_text(setting: str, value: Any) -> str:
     """A text without blanks around it.
 
     Raises:
-        SettingsError: something else than text.
+        SettingsError: something else than text, or text with half of a character, which no text
+            encoder and no file takes.
     """
     if not isinstance(value, str):
         raise SettingsError(f"{label(setting)} must be text, not {_shown(value)}.", setting)
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise SettingsError(
+            f"{label(setting)} has half of a character in it: {ascii(value[:60])}. Type the text "
+            "again; where it was copied from, a character was cut in two.",
+            setting,
+        )
     return value.strip()
 
 

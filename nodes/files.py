@@ -10,12 +10,13 @@ import folder_paths
 from comfy_api.v0_0_2 import io
 from safetensors import safe_open
 
-from ..erase_core import Erasure, ErasureFileError
+from ..erase_core import Erasure, ErasureFileError, SettingsError
 from ..erase_core.disk import remove_abandoned
 from ..erase_core.filenames import path_problem
 from ..erase_core.formats import KOHYA, NAMINGS, RECORD_KEY
 from ..erase_core.report import report_text
 from .messages import preview, shown
+from .refusals import check_choice, refusal
 from .schema import CATEGORY, ErasureType, compatible
 
 FOLDER = "loras"
@@ -69,13 +70,14 @@ class SaveErasure(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, filename: str | None = None) -> bool | str:
+    def validate_inputs(cls, filename: str | None = None, names: str = KOHYA) -> bool | str:
         """Refuse a bad name before anything is trained."""
         try:
+            check_choice("names", names, NAMINGS)
             if filename is not None:
                 place_inside(_loras(), checked_name(filename))
-        except ErasureFileError as error:
-            return str(error)
+        except (ErasureFileError, SettingsError) as error:
+            return refusal(error, cls, "filename")
         return True
 
     @classmethod

@@ -72,6 +72,14 @@ def test_what_is_no_text_is_refused_at_its_setting(name, value):
     assert refusal.value.setting == name and len(str(refusal.value)) < 200
 
 
+@pytest.mark.parametrize("name", ["concepts", "keep", "negative_prompts", "templates", "layers"])
+def test_half_of_a_character_is_refused_at_its_setting(name):
+    with pytest.raises(SettingsError, match=r"half of a character in it: 'cat \\ud83d'") as refusal:
+        EraseSettings(**{"concepts": "owl", name: "cat \ud83d"})
+    assert refusal.value.setting == name
+    assert EraseSettings(concepts="🐱 => 🐶").concepts == (Concept("🐱", "🐶"),)
+
+
 @pytest.mark.parametrize(
     "text, several",
     [("cat, pizza", "'cat', 'pizza'"), ("cat; pizza ;", "'cat', 'pizza'"), ("a|b", "'a', 'b'")],

@@ -67,6 +67,16 @@ def test_an_unknown_mode_is_refused_before_the_training(server):
     assert error["extra_info"]["input_name"] == "mode" and "exacter" in error["details"]
 
 
+@pytest.mark.parametrize("name, value", [("filename", "../out"), ("names", "peft")])
+def test_what_save_cannot_do_is_refused_before_the_training(server, name, value):
+    graph = graphs.loader(CHECKPOINT) | graphs.train(erase="cat") | graphs.save()
+    graph["save"]["inputs"] |= {"names": "kohya", name: value}
+    with pytest.raises(GraphRejected) as rejected:
+        server.queue(graph)
+    (error,) = rejected.value.node_errors["save"]["errors"]
+    assert error["extra_info"]["input_name"] == name and value in error["details"]
+
+
 def test_two_wrong_nodes_are_both_told_once(server):
     graph = graphs.loader(CHECKPOINT) | graphs.train("one", erase="", keep="a tree")
     graph |= graphs.train("two", erase="cat", keep="cat")
