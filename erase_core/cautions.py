@@ -16,12 +16,15 @@ WORST = 3
 
 
 def harm_grade(measures: Mapping[str, Any], others: Mapping[str, Any] | None) -> str:
-    """ "ruin", "harm" or "": how much of what nobody named changes, by the worse of two figures."""
+    """ "ruin", "harm" or "": how much of what nobody named changes, by the worse of two figures.
+
+    A figure that is no number is of a model that no longer predicts any.
+    """
     changed = others["change"] if others else 0.0
     guidance = guidance_change(measures) or 0.0
-    if changed > RUIN or guidance > GUIDANCE_RUIN:
+    if not (changed <= RUIN and guidance <= GUIDANCE_RUIN):
         return "ruin"
-    return "harm" if changed > HARM or guidance > GUIDANCE_HARM else ""
+    return "" if changed <= HARM and guidance <= GUIDANCE_HARM else "harm"
 
 
 def guidance_change(measures: Mapping[str, Any]) -> float | None:
@@ -60,11 +63,11 @@ def _worst(measures: Mapping[str, Any], others: Mapping[str, Any] | None) -> lis
 def _advice(settings: EraseSettings) -> str:
     if settings.protection is not None:
         return "Leave the protection to the run, or raise it."
-    if any(not concept.alternative for concept in settings.concepts):
-        return (
-            "Name a replacement that is close to the concept, or erase fewer concepts in one run."
-        )
-    return "Erase fewer concepts in one run, or name a replacement that is closer to the concept."
+    removed = any(not concept.alternative for concept in settings.concepts)
+    closer = f"ame a replacement that is {'close' if removed else 'closer'} to the concept"
+    if len(settings.concepts) > 1:
+        return f"Erase fewer concepts in one run, or n{closer}."
+    return f"N{closer}."
 
 
 def training_warnings(settings: EraseSettings, training: str) -> list[str]:

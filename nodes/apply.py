@@ -22,7 +22,7 @@ from .families import UnsupportedModelError
 from .host import ComfyDenoiser
 from .kinds import misfit
 from .matrices import is_base_of, known_matrices, kohya_keys, original_weights
-from .messages import show_progress_text, upstream_file, warn
+from .messages import upstream_file, warn_all
 from .refusals import check_choice, refusal
 from .schema import CATEGORY, ErasureType, compatible
 from .stack import (
@@ -121,11 +121,7 @@ class ApplyErasure(io.ComfyNode):
             warnings += left_behind_warnings(erasure, takers)
         changes = None if clip is None else stack_changes(patched, clip)
         warnings += harm_text(applied_to(patched), changes)
-        for warning in warnings:
-            warn(warning, cls.hidden.unique_id)
-        text = stack_report(patched, changes)
-        if text:  # a node shows one text, the last
-            show_progress_text(" ".join([*warnings, text]), None, cls.hidden.unique_id)
+        warn_all(warnings, cls.hidden.unique_id, stack_report(patched, changes))
         return io.NodeOutput(patched)
 
 

@@ -11,7 +11,7 @@ from ..erase_core import Erasure, SettingsError
 from ..erase_core.together import settings_together, warnings_together
 from .families import trainable_family
 from .matrices import is_base_of
-from .messages import upstream_file, warn
+from .messages import upstream_file
 from .runs import refuse_without_clip, report_of, run_to_end
 from .schema import CATEGORY, ErasureType, compatible
 from .stack import applied_to, overlap_warnings
@@ -66,10 +66,8 @@ class JoinErasures(io.ComfyNode):
         name = upstream_file(cls.hidden.prompt, cls.hidden.unique_id, "model")
         warnings += other_bases(model, erasures, name)
         finished = run_to_end(model, clip, settings, cls.hidden)
-        for warning in warnings:  # a node shows one text, the last
-            warn(warning, cls.hidden.unique_id)
         notes = [f"Joined from {len(erasures)} erasures: {_named(erasures)}.", *warnings]
-        report = report_of(finished, model, cls.hidden.unique_id, notes)
+        report = report_of(finished, model, cls.hidden.unique_id, notes, warnings)
         return io.NodeOutput(finished.erasure, report)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_api.v0_0_2 import ui
@@ -28,8 +28,20 @@ _APART = "\N{WORD JOINER}"
 
 def warn(message: str, node_id: str | None) -> None:
     """A warning in the log and, where the host can, under the node."""
-    logging.warning("Concept Surgery: %s", " ".join(_printable(message).split("\n")))
-    _send_text(message, node_id)
+    warn_all([message], node_id)
+
+
+def warn_all(warnings: Sequence[str], node_id: str | None, note: str = "") -> None:
+    """Several warnings, each in the log, and together under the node, which shows one text.
+
+    Args:
+        note: what else is to be read there.
+    """
+    for warning in warnings:
+        logging.warning("Concept Surgery: %s", " ".join(_printable(warning).split("\n")))
+    text = " ".join([*warnings, note]).strip()
+    if text:
+        _send_text(text, node_id)
 
 
 def shown(text: str) -> str:

@@ -14,7 +14,7 @@ from ..erase_core.plan import cost_warning
 from ..erase_core.report import report_text
 from .families import trainable_family
 from .host import ComfyDenoiser, left_out_of_training
-from .messages import show_progress_text, shown, upstream_file, warn
+from .messages import show_progress_text, shown, upstream_file, warn, warn_all
 from .results import ResultStore
 from .store import LanguageStore
 
@@ -64,15 +64,21 @@ def run_to_end(
     raise RuntimeError("The run ended without a result.")
 
 
-def report_of(finished: Finished, model, node_id: str | None, notes: Sequence[str] = ()) -> str:
+def report_of(
+    finished: Finished,
+    model,
+    node_id: str | None,
+    notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
+) -> str:
     """The report of a run as text, after its warnings were given at the node.
 
     Args:
         notes: what the node itself has to say.
+        warnings: what it warns of beside what the record does.
     """
     record = finished.erasure.record
-    for warning in record["warnings"]:
-        warn(warning, node_id)
+    warn_all([*warnings, *record["warnings"]], node_id)
     notes = [*notes, *left_out_of_training(model)]
     if finished.stored:
         notes.insert(0, f"Taken from the store: trained on {record['created']}.")

@@ -1,5 +1,7 @@
 """What else an erasure changes: the figures as they are defined, and what is said about them."""
 
+import math
+
 import pytest
 import torch
 from concept_surgery.erase_core import erase, preset_settings, report_text
@@ -149,7 +151,8 @@ def test_what_harms_and_what_ruins(change, of, drift, grade):
 @pytest.mark.parametrize(
     "values, advice",
     [
-        ({"concepts": "cat => dog"}, "Erase fewer concepts in one run, or name a replacement"),
+        ({"concepts": "cat => dog"}, "Name a replacement that is closer to"),
+        ({"concepts": "cat\npizza => pie"}, "Erase fewer concepts in one run, or name a repl"),
         ({"concepts": "cat"}, "Name a replacement that is close to the concept"),
         ({"concepts": "cat", "protection": 1.0}, "Leave the protection to the run, or raise it."),
     ],
@@ -158,6 +161,14 @@ def test_what_to_do_about_harm_fits_the_run(values, advice):
     measures = measured("guidance", 0.5)
     (warning,) = harm_warnings(preset_settings("balanced", **values), measures, None)
     assert advice in warning
+    if "\n" not in values["concepts"]:
+        assert "fewer concepts" not in warning
+
+
+@pytest.mark.parametrize("of", ["guidance", "keys and values"])
+def test_what_is_no_number_is_a_ruin(of):
+    changed = {"change": math.nan, "words": []} if of != "guidance" else None
+    assert harm_grade(measured(of, math.nan), changed) == "ruin"
 
 
 def test_unknown_captions_are_told_from_half_on():

@@ -306,7 +306,7 @@ def shown(monkeypatch) -> list[str]:
     """What the node shows, outside a graph."""
     texts = []
     monkeypatch.setattr(
-        "concept_surgery.nodes.apply.show_progress_text", lambda text, *_: texts.append(text)
+        "concept_surgery.nodes.messages._send_text", lambda text, _: texts.append(text)
     )
     monkeypatch.setattr(
         ApplyErasure,

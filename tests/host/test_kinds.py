@@ -9,7 +9,7 @@ import torch
 from comfy import sd1_clip, sdxl_clip
 from comfy.text_encoders import sd2_clip, sd3_clip
 from concept_surgery.erase_core import preset_settings
-from concept_surgery.nodes import apply, join, runs
+from concept_surgery.nodes import join, messages, runs
 from concept_surgery.nodes.apply import ApplyErasure
 from concept_surgery.nodes.encoding import encode_null
 from concept_surgery.nodes.families import UnsupportedModelError
@@ -50,8 +50,7 @@ def clips():
 def shown(monkeypatch) -> list[str]:
     """What the nodes show, outside a graph."""
     texts: list[str] = []
-    for module in (apply, join):
-        monkeypatch.setattr(module, "warn", lambda text, *_: texts.append(text))
+    monkeypatch.setattr(messages, "_send_text", lambda text, _: texts.append(text))
     monkeypatch.setattr(runs, "ResultStore", lambda warn: None)
     fields = [("prompt", dict, None), ("unique_id", str, None)]
     for node in (ApplyErasure, JoinErasures, TrainErasure):
