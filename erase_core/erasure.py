@@ -278,6 +278,10 @@ class Erasure:
             ) from error
         if metadata:
             problem = formats.content_problem(metadata, tensors)
+            if problem and not formats.has_hash(metadata):
+                cls._from_file(
+                    path.name, tensors, metadata
+                )  # whose reason says more, if it has one
             if not (old or problem or formats.HASH_KEY in metadata):
                 problem = "nothing says what its record must be"
             if problem:

@@ -139,6 +139,11 @@ def _refuse_what_is_no_edit(name: str, up: Tensor, down: Tensor, alpha: Tensor) 
         raise ValueError(f"alpha of {name} is {alpha.tolist()} and not its rank {len(down)}.")
 
 
+def has_hash(metadata: Mapping[str, str]) -> bool:
+    """Whether a file says what its content must be."""
+    return not {HASH_KEY, VALUES_KEY}.isdisjoint(metadata)
+
+
 def content_problem(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """Why the content of a file isn't what was written; "" if it is.
 

@@ -261,13 +261,13 @@ def _by_small_steps(line: _Line, direction: Tensors, slope: float) -> _Compariso
         step = SMALL_STEP / SHRINK**shrunken
         doubt = SINGLE_ROUNDED * abs(line.value) / step
         found = _Comparison.of(slope, line.difference(direction, step), doubt)
-        if found.doubt > SURE:
-            return None  # the loss hardly changes there, and a smaller step shows less
         if larger is None:
             if found.apart <= MOST_APART:
                 return found
-        elif abs(found.off - larger.off) <= SURE:
-            return larger  # the loss is straight there, and the gradient another
+        elif abs(found.off - larger.off) <= SURE and found.doubt <= SURE:
+            # The loss is straight there, and the gradient another. In doubt it may just as well be
+            # that the loss is rounded to the same at both ends of both steps.
+            return larger
         # Curvature falls with the step's square: a smaller one is believed where that explains
         # what was before, else rounding may have brought the two together.
         elif found.apart <= SURE and (shrunken == 1 or abs(larger.off) > SHRINK**2 * SURE):

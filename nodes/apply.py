@@ -239,8 +239,10 @@ def _matching_keys(model, erasure: Erasure) -> dict[str, str]:
         ApplyError: matrices that the model doesn't have, or of another shape.
     """
     known = kohya_keys(model)
-    # The host knows names for biases and the like, too, which no erasure changes.
-    matrices = {name: key for name, key in known.items() if key.endswith(".weight")}
+    # The host knows names for biases and for parts of matrices, too, which no erasure changes.
+    matrices = {
+        name: key for name, key in known.items() if isinstance(key, str) and key.endswith(".weight")
+    }
     missing = [name for name in erasure.factors if name not in matrices]
     if missing:
         raise ApplyError(

@@ -76,7 +76,7 @@ def upstream_file(prompt: Mapping[str, Any] | None, node_id: str | None, name: s
         inputs = prompt[node_id].get("inputs", {})
         for file_input in FILE_INPUTS:
             if isinstance(inputs.get(file_input), str):
-                return inputs[file_input]
+                return _printable(inputs[file_input])  # on some systems a name may be any bytes
         link = inputs.get(name)
         node_id = link[0] if isinstance(link, list) else None
     return ""

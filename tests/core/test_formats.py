@@ -91,17 +91,6 @@ def test_a_title_names_the_preset(cat, tmp_path, preset, form, concepts):
     assert f"({preset}, " in saved(erasure, tmp_path / "a.safetensors")["modelspec.title"]
 
 
-def test_a_text_that_no_file_can_hold_is_saved_all_the_same(cat, tmp_path):
-    concept = {**cat.record["concepts"][0], "text": "half \ud83d of one"}
-    base = {**cat.record["base"], "name": "a\udc00.safetensors"}
-    erasure = Erasure(cat.bases, cat.factors, {**cat.record, "concepts": [concept], "base": base})
-    info = saved(erasure, tmp_path / "a.safetensors")
-    assert (
-        "half ? of one" in info["modelspec.title"] and "a?.safetensors" in info["modelspec.title"]
-    )
-    assert Erasure.load(tmp_path / "a.safetensors").record["concepts"] == [concept]
-
-
 @pytest.mark.parametrize("family", ["SD3", "Flux"])
 def test_names_for_diffusers_are_read_back(cat, tmp_path, family):
     erasure = of_family(cat, family)

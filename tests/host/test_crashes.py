@@ -109,7 +109,7 @@ def test_of_two_servers_that_save_under_one_name_both_keep_their_erasure(tmp_pat
                 (host, host.queue(trained_and_saved(seed, name)))
                 for seed, host in enumerate((one, two))
             ]
-            ends = [host.wait(prompt_id, 60)["status"]["status_str"] for host, prompt_id in asked]
+            ends = [host.wait(prompt_id, 300)["status"]["status_str"] for host, prompt_id in asked]
             assert ends == ["success", "success"]
             saved = {
                 file: erasure.identity

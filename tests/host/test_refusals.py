@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from concept_surgery.erase_core import SettingsError
+from concept_surgery.nodes.messages import upstream_file
 from concept_surgery.nodes.refusals import install, refusal, told_once
 from concept_surgery.nodes.take_out import TakeConceptsOut
 from concept_surgery.nodes.train import TrainErasure, settings_from_widgets
@@ -117,6 +118,11 @@ def test_a_concept_that_a_link_brings_is_checked_when_it_comes():
         settings_from_widgets({"erase": None})
     assert "Unknown stored result" in TrainErasure.validate_inputs(stored_result="ever")
     assert "No concept is named" in TakeConceptsOut.validate_inputs("None")
+
+
+def test_the_name_of_a_model_is_one_that_files_can_hold():
+    graph = graphs.loader("a\udc00.safetensors") | graphs.train(erase="cat")
+    assert upstream_file(graph, "train", "model") == "a\ufffd.safetensors"
 
 
 def test_answers_about_other_things_stay_as_they_are():
