@@ -279,9 +279,8 @@ class Erasure:
         if metadata:
             problem = formats.content_problem(metadata, tensors)
             if problem and not formats.has_hash(metadata):
-                cls._from_file(
-                    path.name, tensors, metadata
-                )  # whose reason says more, if it has one
+                # What else is wrong with it says more: that it is of a version too old, say.
+                cls._from_file(path.name, tensors, metadata)
             if not (old or problem or formats.HASH_KEY in metadata):
                 problem = "nothing says what its record must be"
             if problem:
