@@ -32,7 +32,7 @@ from .record import NO_HELP, NO_TRAINING, STOPPED, TRAINED, VERSION, WORSE
 from .settings import EraseSettings
 from .states import Sampling, States, Trajectories, draw_pairs, sample_states
 from .subspace import ExactSet
-from .trainer import CHECKED_PLACES, DivergedError, SurgeryTrainer, TrainingError
+from .trainer import DivergedError, SurgeryTrainer, TrainingError
 
 READING = "Reading ordinary language, {0[0]} of {0[1]} prompts"
 
@@ -64,6 +64,7 @@ class Run:
         self.converged = False
         self.training = NO_TRAINING
         self.gradient_apart: float | None = None
+        self._checked_with: bool | None = None  # checkpointing, when the gradient was checked
         self.memory: dict[str, Any] | None = None
         self.ended_by = ""  # what ended training before its time, in words
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -244,9 +245,10 @@ class Run:
         yield self.progress("Checking the gradient")
         before = self.denoiser.forward_equivalents
         trainer.fit_to_memory()
-        # After a trial, whose gradient was checked, one place will do.
-        places = CHECKED_PLACES if self.gradient_apart is None else 1
-        self.gradient_apart = trainer.check_gradient(places)
+        # A trial's stands for the training after it, where both compute it in the same way.
+        if self._checked_with != trainer.fit.checkpointing:
+            self.gradient_apart = trainer.check_gradient()
+            self._checked_with = trainer.fit.checkpointing
         self._plan["gradient"] = self.denoiser.forward_equivalents - before
         if trainer.fit.checkpointing:
             planned = self._planned(with_gradient=Recompute.forward_equivalents)

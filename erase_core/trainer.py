@@ -188,11 +188,10 @@ class SurgeryTrainer:
             **self._estimate,
         }
 
-    def check_gradient(self, places: int = CHECKED_PLACES) -> float:
+    def check_gradient(self) -> float:
         """Check that the gradient is the loss's: at the state that has farthest to go.
 
-        Args:
-            places: most states to look at, where one after the other leaves it in doubt.
+        Where that leaves it in doubt at others, too.
 
         Returns:
             How far apart the two are, relative.
@@ -202,7 +201,7 @@ class SurgeryTrainer:
             TrainingError: there isn't memory for a single state.
         """
         start, dtype = self.edit.to(self._denoiser.device), self._denoiser.dtype
-        losses = [partial(self._loss_at, index) for index in self._far_states(places)]
+        losses = [partial(self._loss_at, index) for index in self._far_states(CHECKED_PLACES)]
         apart = None
         while apart is None:
             apart = self._or_use_less(

@@ -176,7 +176,7 @@ def test_a_gradient_that_no_loss_scale_makes_finite_ends_training(monkeypatch, d
 def test_a_round_of_all_concepts_counts_the_ridge_once(monkeypatch, form, concepts):
     """As the closed form does, however many concepts there are, in both forms."""
     made = []
-    monkeypatch.setattr(SurgeryTrainer, "check_gradient", lambda self, _: made.append(self) or 0.0)
+    monkeypatch.setattr(SurgeryTrainer, "check_gradient", lambda self: made.append(self) or 0.0)
     run(form=form, concepts=concepts, steps=1, protection=1.0)
     (trainer,) = made
     monkeypatch.setattr(trainer, "loss", lambda edit, *_: 0 * sum(map(torch.sum, _values(edit))))
@@ -454,3 +454,22 @@ def test_prompts_of_different_length_attend_alike_when_repeated():
     both = toy.predict_x0(x, sigma, [short, long])
     alone = toy.predict_x0(x[:1], sigma[:1], [short])
     torch.testing.assert_close(both[:1], alone)
+
+
+def test_a_trials_gradient_check_stands_for_the_training_after_it(monkeypatch):
+    checked, check = [], SurgeryTrainer.check_gradient
+
+    def counted(self):
+        checked.append(self)
+        return check(self)
+
+    def tried_and_found_good(self, trainer, *_):
+        yield from self.check_gradient(trainer)
+        return True
+
+    monkeypatch.setattr(SurgeryTrainer, "check_gradient", counted)
+    monkeypatch.setattr(Run, "try_training", tried_and_found_good)
+    monkeypatch.setattr(engine, "AIM", 2.0)  # never far enough
+    record = run(steps=2, trial_steps=1)[-1].erasure.record
+    assert record["steps_done"] == 2 and len(checked) == 1
+    assert record["gradient_apart"] <= 0.025
