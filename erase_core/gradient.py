@@ -259,12 +259,11 @@ def _by_small_steps(line: _Line, direction: Tensors, slope: float) -> _Compariso
     larger = None
     for shrunken in range(SMALLER):
         step = SMALL_STEP / SHRINK**shrunken
-        doubt = SINGLE_ROUNDED * abs(line.value) / step
-        found = _Comparison.of(slope, line.difference(direction, step), doubt)
+        found = _Comparison.of(slope, line.difference(direction, step), 0.0)
         if larger is None:
             if found.apart <= MOST_APART:
                 return found
-        elif abs(found.off - larger.off) <= SURE and found.doubt <= SURE:
+        elif abs(found.off - larger.off) <= SURE and not _rounded_away(line, slope, step):
             # The loss is straight there, and the gradient another. In doubt it may just as well be
             # that the loss is rounded to the same at both ends of both steps.
             return larger
@@ -274,6 +273,11 @@ def _by_small_steps(line: _Line, direction: Tensors, slope: float) -> _Compariso
             return found
         larger = found
     return None
+
+
+def _rounded_away(line: _Line, slope: float, step: float) -> bool:
+    """Whether rounding may hide what the loss should change by within a step."""
+    return SINGLE_ROUNDED * abs(line.value) / step > SURE * abs(slope)
 
 
 def _compare(line: _Line, direction: Tensors, rounding: float) -> _Comparison:
