@@ -23,6 +23,7 @@ from tools.environment import (
 )
 
 INTERRUPTED = 130
+SHARED = ("--dist", "loadfile", "--no-loadscope-reorder")  # how the tests are shared among them
 PROCESSES = min(2, os.cpu_count() or 1)  # for the tests; each holds a host and its models
 
 
@@ -82,7 +83,7 @@ def _test(python: str, arguments: Sequence[str]) -> int:
     # More than one thread makes these many small operations slower, not faster; more than one
     # process doesn't. A file's tests share what they trained, so they stay together.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    side_by_side = () if arguments else ("-n", str(PROCESSES), "--dist", "loadfile")
+    side_by_side = () if arguments else ("-n", str(PROCESSES), *SHARED)
     status = _call([python, "-m", "pytest", *side_by_side, *arguments], environment)
     print(f"Logs of the hosts that the tests started: {BUILD / 'logs'}", flush=True)
     return status

@@ -21,7 +21,7 @@ CHECKPOINT = "one-level.safetensors"
 # Starting a server and reading prompts take longer than all the rest. HOST_CRASHES=1 is for who
 # changes how files are written or how a run ends.
 ALL = bool(os.environ.get("HOST_CRASHES"))
-INTERRUPTS, KILLS, PAIRS = (20, 20, 8) if ALL else (4, 1, 8)
+INTERRUPTS, KILLS, PAIRS = (20, 20, 8) if ALL else (3, 1, 8)
 SHORT = {"steps": 2, "trajectories": 4, "resolution": 64, "captions": 16, "protection": 1.0}
 SHORT |= {"templates": "a photo of a {}", "stored_result": "train again"}
 
