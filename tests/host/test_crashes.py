@@ -31,9 +31,13 @@ def trained_and_saved(seed: int, filename: str = "erasure") -> graphs.Graph:
     return graph | graphs.train(erase="cat => dog", training_seed=seed, **SHORT)
 
 
-def files_of(host: ComfyHost, folder: str) -> dict[str, Erasure]:
-    """Every file with a name that a person would look for, read; a damaged one is an error."""
-    paths = Path(host.work / folder).glob("**/*.safetensors")
+def files_of(host: ComfyHost, folder: str, begins: str = "") -> dict[str, Erasure]:
+    """Every file with a name that a person would look for, read; a damaged one is an error.
+
+    Args:
+        begins: what their names begin with, where other tests use the same server.
+    """
+    paths = Path(host.work / folder).glob(f"**/{begins}*.safetensors")
     return {path.name: Erasure.load(path) for path in paths}
 
 
@@ -45,8 +49,8 @@ def test_interrupts_at_every_stage_leave_nothing_behind(server):
         if event["type"] == "progress_text":
             stages.append(event["data"]["text"])
 
-    server.run(trained_and_saved(7, "whole"), on_progress=note)
-    whole = files_of(server, "models/loras")["whole.safetensors"]
+    server.run(trained_and_saved(7, "crash-whole"), on_progress=note)
+    whole = files_of(server, "models/loras", "crash")["crash-whole.safetensors"]
     stored = len(files_of(server, "user/concept_surgery/results"))
     interrupted = 0
     for number in range(INTERRUPTS):
@@ -60,7 +64,7 @@ def test_interrupts_at_every_stage_leave_nothing_behind(server):
                 seen += 1
 
         # Another seed each time, or the host would take the node's result out of its cache.
-        graph = trained_and_saved(100 + number, f"stopped-{number}")
+        graph = trained_and_saved(100 + number, f"crash-{number}")
         entry = server.wait(server.queue(graph), 60, press)
         messages = dict(entry["status"]["messages"])
         assert "execution_error" not in messages
@@ -70,8 +74,8 @@ def test_interrupts_at_every_stage_leave_nothing_behind(server):
     assert len(files_of(server, "user/concept_surgery/results")) == stored + finished
     assert predictions(server, "a cat") == untouched
     server.free()
-    server.run(trained_and_saved(7, "again"))
-    again = files_of(server, "models/loras")["again.safetensors"]
+    server.run(trained_and_saved(7, "crash-again"))
+    again = files_of(server, "models/loras", "crash")["crash-again.safetensors"]
     assert again.identity == whole.identity
 
 

@@ -11,7 +11,7 @@ from comfy_api.v0_0_2 import io
 from concept_surgery.erase_core import Erasure, SettingsError
 from concept_surgery.erase_core.collateral import WordChanges
 from concept_surgery.erase_core.protection import HARM
-from concept_surgery.nodes import apply, join, runs
+from concept_surgery.nodes import apply, messages, runs
 from concept_surgery.nodes.apply import ApplyErasure, apply_erasure, stack_changes
 from concept_surgery.nodes.extension import ConceptSurgeryExtension
 from concept_surgery.nodes.files import save_erasure
@@ -46,12 +46,9 @@ def castle(loaded, store):
 def shown(monkeypatch, tmp_path, store) -> list[str]:
     """What the nodes show, outside a graph, with a user folder of their own."""
     texts: list[str] = []
-    for module in (apply, join, runs):
-        monkeypatch.setattr(module, "warn", lambda text, *_: texts.append(text))
-        if hasattr(module, "show_progress_text"):
-            monkeypatch.setattr(module, "show_progress_text", lambda text, *_: texts.append(text))
-        if hasattr(module, "LanguageStore"):
-            monkeypatch.setattr(module, "LanguageStore", lambda: store)
+    monkeypatch.setattr(messages, "_send_text", lambda text, _: texts.append(text))
+    for module in (apply, runs):
+        monkeypatch.setattr(module, "LanguageStore", lambda: store)
     monkeypatch.setattr(runs, "ResultStore", lambda warn: ResultStore(tmp_path, warn))
     fields = [("prompt", dict, None), ("unique_id", str, None)]
     for node in (ApplyErasure, JoinErasures, TrainErasure):
@@ -147,7 +144,7 @@ def test_another_base_and_what_is_left_out_are_warned_about(loaded, pizza, castl
         assert any(words in text for text in shown) and words in report
 
 
-def test_stacking_with_clip_warns_with_the_figure(loaded, pizza, castle, shown):
+def test_stacking_with_clip_warns_with_the_figure(loaded, pizza, castle, shown, caplog):
     model, clip = loaded
     once = ApplyErasure.execute(model, pizza, 5.0, "merge", clip).args[0]
     assert not any("nobody named" in text for text in shown)
@@ -158,7 +155,9 @@ def test_stacking_with_clip_warns_with_the_figure(loaded, pizza, castle, shown):
     ]
     changes = stack_changes(twice, clip)
     assert changes.mean > HARM
-    warning, together = [text for text in shown if text.startswith("These 2 erasures")]
+    (together,) = [text for text in shown if text.startswith("These 2 erasures")]
+    said = "Concept Surgery: "
+    (warning,) = [text.removeprefix(said) for text in caplog.messages if "These 2" in text]
     assert f"together change words that nobody named by {changes.mean:.0%} (most: " in warning
     assert "Solve them together with Join Erasures, or lower their strengths." in warning
     assert together == shown[-1] and together.startswith(warning)
