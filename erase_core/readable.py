@@ -131,7 +131,7 @@ def _places(settings: EraseSettings) -> dict[str, str]:
     for text in settings.keep:
         places.setdefault(text, "keep")
     for text in settings.negative_prompts:
-        places.setdefault(text, "negative prompts you use")
+        places.setdefault(text, "negative prompts")
     return places
 
 

@@ -45,7 +45,7 @@ class Concept:
 
     Attributes:
         text: what the model must stop drawing, as a user types it ("cat", "Van Gogh").
-        alternative: what takes its place; empty means the same prompt without the concept.
+        alternative: what takes its place; empty means nothing in particular, a neutral word.
         kind: a key of :data:`KINDS`; empty for that of the settings.
     """
 
