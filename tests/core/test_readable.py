@@ -84,7 +84,7 @@ def test_a_kept_or_negative_prompt_that_is_not_read_as_meant_is_warned_about():
         "'a dog embedding:nope, here' under 'keep' names an embedding that isn't found: 'nope', "
         "and the rest of it is read without.",
         "The text encoder reads nothing in '()' under 'keep'. It counts as empty.",
-        "'(embedding:bad:1.3), blurry' under 'negative prompts you use' names an embedding that "
+        "'(embedding:bad:1.3), blurry' under 'negative prompts' names an embedding that "
         "isn't found: 'bad', and the rest of it is read without.",
     ]
 
@@ -96,16 +96,14 @@ def test_the_warning_stands_in_the_record():
 
 
 @pytest.mark.parametrize("weight", ["1e999", "nan", "-1e999", "1e30", "-1e5"])
-@pytest.mark.parametrize(
-    "place", ["erase", "replace with", "keep", "negative prompts you use", "phrases"]
-)
+@pytest.mark.parametrize("place", ["erase", "replace with", "keep", "negative prompts", "phrases"])
 def test_weights_that_no_model_draws_from_are_refused_where_they_stand(place, weight):
     text = f"(tiger:{weight})"
     values = {
         "erase": {"concepts": text},
         "replace with": {"concepts": f"cat => {text}"},
         "keep": {"concepts": "cat", "keep": [text]},
-        "negative prompts you use": {"concepts": "cat", "negative_prompts": [text]},
+        "negative prompts": {"concepts": "cat", "negative_prompts": [text]},
         "phrases": {"concepts": "cat", "templates": [f"{{}} and {text}"]},
     }[place]
     what = "times as large" if weight in ("1e30", "-1e5") else "infinity or as no number"

@@ -114,7 +114,7 @@ def test_missing_inversions_in_what_is_kept_are_warned_about(inverting):
     values = {"keep": ["a tiger, embedding:nope, here"], "negative_prompts": ["embedding:sd2"]}
     kept, negative = encode_prompts(EraseSettings(concepts="cat", **values), inverting).warnings
     assert "'a tiger, embedding:nope, here' under 'keep'" in kept and "'nope'" in kept
-    assert "reads nothing in 'embedding:sd2' under 'negative prompts you use'" in negative
+    assert "reads nothing in 'embedding:sd2' under 'negative prompts'" in negative
 
 
 def test_of_sdxl_both_encoders_vectors_stand_at_the_same_places(folder):
