@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .digest import content_hash
-from .disk import write_safetensors as write_safetensors
 from .families import SD2, SD2_V, by_name
 from .record import read_record
 from .settings import PRESETS, SOFT_PRESETS, preset_settings
@@ -171,8 +170,8 @@ def metadata(
         ValueError: a record that couldn't be read again.
     """
     settings, family = record["settings"], by_name(record["family"])
-    concepts = _encodable(concept_list(record))
-    base = _encodable(record["base"]["name"]) or record["family"]
+    concepts = concept_list(record)
+    base = record["base"]["name"] or record["family"]
     title = f"Erase {concepts} ({_preset(record)}, {base})"
     text = json.dumps(record, sort_keys=True)
     read_record(text)
@@ -198,11 +197,6 @@ def metadata(
     if family in (SD2, SD2_V):  # else Automatic1111 takes it for SD1 and hides it under an SD2
         info["ss_v2"] = "True"
     return info
-
-
-def _encodable(text: str) -> str:
-    """Text without halves of a surrogate pair, which JSON can bring and no file can hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _preset(record: Mapping[str, Any]) -> str:

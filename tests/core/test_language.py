@@ -6,7 +6,7 @@ import pytest
 import torch
 from concept_surgery.erase_core import erase, preset_settings
 from concept_surgery.erase_core.denoiser import Encoded
-from concept_surgery.erase_core.formats import write_safetensors
+from concept_surgery.erase_core.disk import write_safetensors
 from concept_surgery.erase_core.language import (
     PHRASES,
     SHRINKAGE,
