@@ -18,19 +18,12 @@ from .encoded import EncodedPrompts, encode_prompts
 from .erasure import Erasure
 from .families import by_name
 from .identity import USE_IF_THERE, result_key, stored_result
-from .language import (
-    Reading,
-    choose_reading,
-    naming,
-    plain_captions,
-    second_moment,
-    shrunk,
-    spread,
-)
+from .language import second_moment, shrunk
 from .layers import reads_prompt
 from .plan import TRIAL_TRAJECTORIES
 from .pooled import POOLED_PROMPTS, POOLED_SHRINKAGE, PooledEdit, as_tokens, solve_pooled
 from .protection import AIM, LEAST_MOVED, RUIN, Choice
+from .reading import Reading, choose_reading, naming, plain_captions, spread
 from .record import NOT_NEEDED, TRAINED, VERSION, WORSE
 from .run import Progress, Run
 from .settings import EraseSettings

@@ -9,11 +9,8 @@ words that are not in it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 
 import torch
 from torch import Tensor
@@ -21,29 +18,13 @@ from torch import Tensor
 from .alignment import word_span
 from .denoiser import Denoiser, Encoded
 from .digest import Digest
-from .prompts import said, with_article
+from .reading import Reading, naming, plain_captions, spread, unknown_token, words_of
 from .record import VERSION
 
 ENCODE_BATCH = 16
 PROBE_CAPTIONS = 4
-# Words of the vocabulary that are protected, for each caption: reading both costs less than twice
-# what reading the captions alone does.
-WORDS_PER_CAPTION = 0.9
-# Words held out, at most, and at most one in so many of those there are.
-WITNESSES, WITNESS_SHARE = 40, 4
 # Rows of a held-out prompt that are kept; the last one stands for the padding after it.
 WITNESS_ROWS = 24
-# Phrases that the words stand in, in turn. Several, so that no place and no neighbour is special.
-PHRASES = (
-    "a photo of {a}",
-    "{}",
-    "a picture of {a} on a table",
-    "a drawing of the {}",
-    "there is {a} here",
-    "{a}, simple, detailed",
-    "two people and {a}",
-)
-TAG_PHRASES = ("{}", "1girl, {}, solo", "no humans, {}, simple background", "{}, masterpiece")
 # How far a moment is drawn towards protecting all directions alike (Ledoit and Wolf 2004), in
 # shares of its mean diagonal. The less, the less else changes as long as words are among what is
 # protected (on the first small model, keys and values moved alike: .12 at .1, .105 at .03, .096 at
@@ -51,165 +32,12 @@ TAG_PHRASES = ("{}", "1girl, {}, solo", "no humans, {}, simple background", "{},
 SHRINKAGE = 0.01
 # From this share on, a person is told that the captions are mostly unknown words.
 MOSTLY_UNKNOWN = 0.5
-_GIBBERISH = ("qzxvk", "wvjxq", "xkqzj")
-
-
-def plain_captions(count: int | None = None) -> list[str]:
-    """Captions and tags shipped with the pack, spread evenly over the list when not all.
-
-    Args:
-        count: how many; None or more than there are gives all.
-    """
-    captions = _shipped("captions.txt")
-    return spread(captions, len(captions) if count is None else count)
-
-
-def common_tags() -> list[str]:
-    """Danbooru tags shipped with the pack, of all kinds."""
-    return _shipped("tags.txt")
-
-
-def things() -> list[str]:
-    """Names of things that can be drawn, shipped with the pack."""
-    return _shipped("things.txt")
-
-
-@cache
-def _lines(name: str) -> tuple[str, ...]:
-    return tuple(
-        resources.files(__package__).joinpath(f"data/{name}").read_text("utf-8").split("\n")
-    )
-
-
-def _shipped(name: str) -> list[str]:
-    return [line for line in _lines(name) if line]
-
-
-def spread(items: Sequence[str], count: int) -> list[str]:
-    """``count`` of the items at even distances (all when there are not more)."""
-    if count >= len(items):
-        return list(items)
-    return [items[index * len(items) // count] for index in range(count)]
-
-
-def naming(captions: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """Those captions in which one of the texts stands as words of its own, also with a plural s.
-
-    Both are taken as they are read: what is emphasis in them doesn't count.
-    """
-    words = "|".join(re.escape(said(text)) for text in texts)
-    pattern = re.compile(rf"(?<!\w)(?:{words})s?(?!\w)", re.IGNORECASE)
-    return [caption for caption in captions if pattern.search(said(caption))]
 
 
 def shrunk(moment: Tensor, share: float = SHRINKAGE) -> Tensor:
     """A second moment (width, width) made fit for embeddings that weren't in it."""
     alike = torch.eye(len(moment), dtype=moment.dtype) * moment.diagonal().mean()
     return (1 - share) * moment + share * alike
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The prompts that a text encoder's ordinary language is read from.
-
-    Attributes:
-        protected: prompts that the ridge holds: captions, then words in phrases.
-        words: those words, with their prompts.
-        witnesses: words that are held out, and the prompts they stand in.
-    """
-
-    protected: tuple[str, ...]
-    words: tuple[tuple[str, str], ...]
-    witnesses: tuple[tuple[str, str], ...]
-
-
-def choose_reading(denoiser: Denoiser, captions: Sequence[str], kind: str) -> Reading:
-    """Which prompts are read.
-
-    Words of the encoder's own vocabulary, things first, since what users look at are things: of a
-    large vocabulary most words draw nothing. Where the host can't list it, words that are shipped.
-
-    Args:
-        captions: plain captions.
-        kind: of the concepts; for "tags" the words are tags.
-    """
-    most = int(WORDS_PER_CAPTION * len(captions))
-    if kind == "tags":
-        words, phrases = spread(common_tags(), most), TAG_PHRASES
-        held_out = _held_out(words, [*captions, *phrases])
-    else:
-        vocabulary, phrases = _known(denoiser, _vocabulary(denoiser)), PHRASES
-        known = set(vocabulary)
-        nameable = [word for word in things() if word in known]
-        held_out = _held_out(nameable, captions) or _held_out(vocabulary, captions)
-        out = set(held_out)
-        first = [word for word in nameable if word not in out]
-        out.update(first)
-        rest = [word for word in vocabulary if word not in out]
-        words = [*spread(first, most), *_frequent_first(rest, max(0, most - len(first)))]
-    out = set(held_out)
-    phrased = in_phrases([word for word in words if word not in out], phrases)
-    return Reading(
-        (*captions, *(text for _, text in phrased)), phrased, in_phrases(held_out, phrases[:1])
-    )
-
-
-def _vocabulary(denoiser: Denoiser) -> list[str]:
-    """The words of the encoder, the frequent ones first; shipped ones where it can't list them."""
-    listed = getattr(denoiser, "vocabulary", list)()
-    if listed:
-        return listed
-    texts = [*things(), *common_tags(), *plain_captions()]
-    return list(dict.fromkeys(re.findall(r"\b[a-z]{3,}\b", " ".join(texts))))
-
-
-def _known(denoiser: Denoiser, words: Sequence[str]) -> list[str]:
-    """Those of the words that aren't an unknown word to the encoder."""
-    unknown = _unknown_token(denoiser)
-    if unknown is None:
-        return list(words)
-    rows = _words_of(denoiser, words)
-    return [word for word, ids in zip(words, rows, strict=True) if unknown not in ids]
-
-
-def _unknown_token(denoiser: Denoiser) -> int | None:
-    """The token that any unknown word becomes, for encoders that have one."""
-    rows = _words_of(denoiser, _GIBBERISH)
-    return rows[0][0] if all(len(row) == 1 and row == rows[0] for row in rows) else None
-
-
-def _words_of(denoiser: Denoiser, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of the texts' words, without what stands around them."""
-    null, *rows = denoiser.token_ids(["", *texts])
-    return [list(ids[slice(*word_span(ids, null))]) for ids in rows]
-
-
-def in_phrases(words: Sequence[str], phrases: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Each word with a prompt that it stands in, the phrases in turn."""
-    return tuple(
-        (word, phrases[i % len(phrases)].replace("{a}", with_article(word)).replace("{}", word))
-        for i, word in enumerate(words)
-    )
-
-
-def _held_out(words: Sequence[str], captions: Sequence[str]) -> list[str]:
-    """Words to judge by: those that no caption names first, then others; [] where there are few."""
-    named = set(re.findall(r"\w+", " ".join(captions).casefold()))
-    free = [w for w in words if not {w, w.removesuffix("s"), f"{w}s"} & named]
-    wanted, known = min(WITNESSES, len(words) // WITNESS_SHARE), set(free)
-    chosen = spread(free, wanted)
-    return [*chosen, *spread([w for w in words if w not in known], wanted - len(chosen))]
-
-
-def _frequent_first(words: Sequence[str], count: int) -> list[str]:
-    """``count`` of the words, the denser the nearer to the beginning of the list."""
-    if count >= len(words):
-        return list(words)
-    chosen, last = [], -1
-    for number in range(count):
-        last = max(last + 1, int(len(words) * (number / count) ** 1.5))
-        chosen.append(words[min(last, len(words) - 1)])
-    return list(dict.fromkeys(chosen))
 
 
 @dataclass(frozen=True)
@@ -334,8 +162,8 @@ def pooled_moment(
 
 def unknown_share(denoiser: Denoiser, texts: Sequence[str]) -> float:
     """Share of the texts' tokens that are an unknown word to the encoder."""
-    unknown = _unknown_token(denoiser)
-    tokens = [token for row in _words_of(denoiser, texts) for token in row]
+    unknown = unknown_token(denoiser)
+    tokens = [token for row in words_of(denoiser, texts) for token in row]
     return sum(token == unknown for token in tokens) / max(1, len(tokens))
 
 

@@ -22,12 +22,13 @@ from .collateral import Others
 from .denoiser import Denoiser, LowRankEdit
 from .encoded import EncodedPrompts
 from .fingerprint import fingerprint
-from .language import Reading, pooled_moment, read_language
+from .language import pooled_moment, read_language
 from .measure import CountedDenoiser, movement_on
 from .plan import STOP_EVERY, STOP_STATES, planned_cost, trajectory_counts, tried_states
 from .pooled import PooledEdit
 from .prompts import name_of, prompt_warnings
 from .protection import HARM, LEAST_GAIN, RIDGES, Choice, strongest_that_moves
+from .reading import Reading
 from .record import NO_HELP, NO_TRAINING, STOPPED, TRAINED, VERSION, WORSE
 from .settings import EraseSettings
 from .states import Sampling, States, Trajectories, draw_pairs, sample_states

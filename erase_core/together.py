@@ -20,19 +20,10 @@ from .collateral import Others, WordChanges, together
 from .denoiser import Denoiser
 from .erasure import Erasure
 from .families import by_name
-from .language import (
-    WITNESS_ROWS,
-    Language,
-    Reading,
-    Words,
-    choose_reading,
-    naming,
-    plain_captions,
-    read_language,
-    second_moment,
-)
+from .language import WITNESS_ROWS, Language, Words, read_language, second_moment
 from .layers import reads_prompt
 from .prompts import name_of, prompt_pairs
+from .reading import Reading, choose_reading, naming, plain_captions
 from .settings import EraseSettings, preset_settings
 from .texts import KINDS, Concept, SettingsError, same_text
 

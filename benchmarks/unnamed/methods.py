@@ -16,8 +16,8 @@ import torch
 from concept_surgery.erase_core import erase, preset_settings
 from concept_surgery.erase_core.alignment import word_span
 from concept_surgery.erase_core.denoiser import LowRankEdit
-from concept_surgery.erase_core.language import plain_captions, spread
 from concept_surgery.erase_core.prompts import prompt_pairs
+from concept_surgery.erase_core.reading import plain_captions, spread
 from concept_surgery.erase_core.settings import EraseSettings
 from concept_surgery.erase_core.texts import Concept
 from torch import Tensor

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from concept_surgery.erase_core.denoiser import LowRankEdit
-from concept_surgery.erase_core.language import plain_captions
 from concept_surgery.erase_core.prompts import with_article
+from concept_surgery.erase_core.reading import plain_captions
 from torch import Tensor
 
 from benchmarks.unnamed.cases import Case

@@ -15,8 +15,9 @@ from concept_surgery.erase_core.cautions import (
 from concept_surgery.erase_core.closed_form import Metric
 from concept_surgery.erase_core.collateral import NO_WORDS, Others, WordChanges
 from concept_surgery.erase_core.denoiser import Encoded, LowRankEdit
-from concept_surgery.erase_core.language import Language, Words, things
+from concept_surgery.erase_core.language import Language, Words
 from concept_surgery.erase_core.protection import HARM, RUIN
+from concept_surgery.erase_core.reading import things
 from concept_surgery.erase_core.subspace import SubspaceError
 
 from .test_linear_algebra import WIDTH, Regression, rows

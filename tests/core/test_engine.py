@@ -22,9 +22,9 @@ from concept_surgery.erase_core.checks import SAMPLED_TRAJECTORIES
 from concept_surgery.erase_core.collateral import Others, WordChanges
 from concept_surgery.erase_core.denoiser import Encoded
 from concept_surgery.erase_core.engine import AIM, LEAST_MOVED
-from concept_surgery.erase_core.language import plain_captions, spread
 from concept_surgery.erase_core.plan import planned_cost
 from concept_surgery.erase_core.protection import HARM
+from concept_surgery.erase_core.reading import plain_captions, spread
 from concept_surgery.erase_core.run import Run
 from concept_surgery.erase_core.states import EncodedPair, draw_pairs
 from concept_surgery.erase_core.subspace import SubspaceError

@@ -8,10 +8,16 @@ from concept_surgery.erase_core import erase, preset_settings
 from concept_surgery.erase_core.denoiser import Encoded
 from concept_surgery.erase_core.disk import write_safetensors
 from concept_surgery.erase_core.language import (
-    PHRASES,
     SHRINKAGE,
-    TAG_PHRASES,
     WITNESS_ROWS,
+    pooled_moment,
+    read_language,
+    shrunk,
+    unknown_share,
+)
+from concept_surgery.erase_core.reading import (
+    PHRASES,
+    TAG_PHRASES,
     WITNESSES,
     WORDS_PER_CAPTION,
     Reading,
@@ -20,11 +26,7 @@ from concept_surgery.erase_core.language import (
     in_phrases,
     naming,
     plain_captions,
-    pooled_moment,
-    read_language,
-    shrunk,
     things,
-    unknown_share,
 )
 
 from .toy import TOKENS, WIDTH, ToyDenoiser

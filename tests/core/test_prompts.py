@@ -6,7 +6,6 @@ from concept_surgery.erase_core import EraseSettings, erase, preset_settings
 from concept_surgery.erase_core.alignment import STREAM_IDS, content_length, word_span
 from concept_surgery.erase_core.denoiser import Encoded
 from concept_surgery.erase_core.encoded import encode_prompts
-from concept_surgery.erase_core.language import naming
 from concept_surgery.erase_core.prompts import (
     FILLERS,
     TEMPLATES,
@@ -15,6 +14,7 @@ from concept_surgery.erase_core.prompts import (
     prompt_pairs,
     with_article,
 )
+from concept_surgery.erase_core.reading import naming
 from concept_surgery.erase_core.run import Run
 
 from .toy import ToyDenoiser

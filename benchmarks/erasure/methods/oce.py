@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from concept_surgery.erase_core.denoiser import Denoiser, LowRankEdit
-from concept_surgery.erase_core.language import plain_captions
+from concept_surgery.erase_core.reading import plain_captions
 from torch import Tensor
 
 from benchmarks.erasure.cases import Case
