@@ -15,7 +15,7 @@ from ..erase_core.disk import remove_abandoned
 from ..erase_core.filenames import path_problem
 from ..erase_core.formats import KOHYA, NAMINGS, RECORD_KEY
 from ..erase_core.report import report_text
-from .messages import preview, shown
+from .messages import id_of, preview, show_progress_text, shown
 from .refusals import check_choice, refusal
 from .schema import CATEGORY, ErasureType, compatible
 
@@ -67,6 +67,7 @@ class SaveErasure(io.ComfyNode):
             ],
             outputs=[io.String.Output("path", display_name="path")],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -87,6 +88,7 @@ class SaveErasure(io.ComfyNode):
         """Write the file and show where it is."""
         erasure = erasure if pooled_vector else erasure.without_pooled()
         path = save_erasure(erasure, _loras(), filename, names)
+        show_progress_text(f"Saved {path.name}", None, id_of(cls))  # in place of a refusal
         return io.NodeOutput(str(path), ui=preview(f"Saved {path.name} in {path.parent}"))
 
 

@@ -44,6 +44,11 @@ def warn_all(warnings: Sequence[str], node_id: str | None, note: str = "") -> No
         _send_text(text, node_id)
 
 
+def id_of(node: Any) -> str | None:
+    """The id in its graph of a node that the host runs; None outside of a graph."""
+    return getattr(getattr(node, "hidden", None), "unique_id", None)
+
+
 def shown(text: str) -> str:
     """A text that a front end may show: it reads the same, and none of it is read as markup.
 

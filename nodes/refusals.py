@@ -12,7 +12,7 @@ from collections import OrderedDict
 from typing import Any
 
 from ..erase_core import SettingsError
-from .messages import shown, warn
+from .messages import id_of, shown, warn
 
 REMEMBERED = 256  # sentences, of graphs that are being answered
 _FAILED = "custom_validation_failed"
@@ -35,8 +35,7 @@ def refusal(error: ValueError, node: Any, only_input: str = "") -> str:
     _input_of[text] = _INPUTS.get(setting, setting) or only_input
     while len(_input_of) > REMEMBERED:
         _input_of.popitem(last=False)
-    hidden = getattr(node, "hidden", None)
-    warn(text, hidden.unique_id if hidden else None)
+    warn(text, id_of(node))
     return text
 
 

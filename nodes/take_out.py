@@ -7,7 +7,7 @@ from comfy_api.v0_0_2 import io
 from ..erase_core import Erasure, SettingsError
 from ..erase_core.report import report_text
 from ..erase_core.texts import concept_names
-from .messages import shown
+from .messages import id_of, show_progress_text, shown
 from .refusals import refusal
 from .schema import CATEGORY, ErasureType, compatible
 
@@ -47,6 +47,7 @@ class TakeConceptsOut(io.ComfyNode):
                 ErasureType.Output("smaller_erasure", display_name="ERASURE"),
                 io.String.Output("report", display_name="report"),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -63,6 +64,7 @@ class TakeConceptsOut(io.ComfyNode):
     def execute(cls, erasure: Erasure, concepts: str) -> io.NodeOutput:
         """Leave the columns of the named concepts away."""
         smaller = erasure.without(named_concepts(concepts))
+        show_progress_text(f"Left: {smaller.concept}", None, id_of(cls))  # in place of a refusal
         return io.NodeOutput(smaller, shown(report_text(smaller.record)))
 
 

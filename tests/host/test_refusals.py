@@ -93,21 +93,44 @@ def test_two_wrong_nodes_are_both_told_once(server):
     assert found == {"one": ["erase"], "two": ["keep"]}
 
 
-def test_an_error_is_seen_where_another_branch_runs(server):
-    """The front end shows no dialog then; the node itself says it."""
-    kept = "close-up of a cat, soft light"
-    graph = graphs.loader(CHECKPOINT) | graphs.train("wrong", erase="cat", keep=kept)
-    graph |= graphs.node("shown", "PreviewAny", source=("wrong", 2))
-    graph |= graphs.node("other", "PreviewAny", source="runs")
+def texts_under(server: ComfyHost, name: str, graph: graphs.Graph) -> list[str]:
+    """What a node shows while a graph runs to its end."""
     texts = []
 
     def note(event):
-        if event["type"] == "progress_text" and event["data"]["node"] == "wrong":
+        if event["type"] == "progress_text" and event["data"]["node"] == name:
             texts.append(event["data"]["text"])
 
     server.wait(server.queue(graph), 60, note)
-    (text,) = texts
-    assert f"'{kept}' stands under keep" in text
+    return texts
+
+
+WRONG_KEEP = graphs.train("wrong", erase="cat", keep="close-up of a cat, soft light")
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (WRONG_KEEP, "'close-up of a cat, soft light' stands under keep"),
+        (graphs.save("wrong", filename="NUL"), "is a device on Windows"),
+        (graphs.take_out("wrong", concepts="# none"), "No concept is named"),
+    ],
+)
+def test_an_error_is_seen_where_another_branch_runs(server, wrong, words):
+    """The front end shows no dialog then; the node itself says it."""
+    graph = graphs.loader(CHECKPOINT) | graphs.train(erase="cat") | wrong
+    if wrong["wrong"]["class_type"] != "ConceptSurgerySave":
+        graph |= graphs.node("shown", "PreviewAny", source=("wrong", 1))
+    graph |= graphs.node("other", "PreviewAny", source="runs")
+    (text,) = texts_under(server, "wrong", graph)
+    assert words in text
+
+
+def test_what_comes_after_a_refusal_takes_its_place(server, finished):
+    finished.erasure.save(server.models("loras") / "refused-before.safetensors")
+    graph = graphs.load(filename="refused-before.safetensors")
+    graph |= graphs.save("kept", filename="kept after all", erasure=("load", 0))
+    assert texts_under(server, "kept", graph) == ["Saved kept after all.safetensors"]
 
 
 def test_a_concept_that_a_link_brings_is_checked_when_it_comes():
