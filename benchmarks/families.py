@@ -21,11 +21,11 @@ load_pack()
 import comfy.model_patcher  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
-from concept_surgery.erase_core.engine import PLAIN_CAPTIONS  # noqa: E402
-from concept_surgery.erase_core.formats import kohya_tensors  # noqa: E402
-from concept_surgery.erase_core.layers import reads_prompt  # noqa: E402
-from concept_surgery.erase_core.plan import planned_cost  # noqa: E402
-from concept_surgery.erase_core.settings import EraseSettings, preset_settings  # noqa: E402
+from concept_surgery.erase_core.artefact.formats import kohya_tensors  # noqa: E402
+from concept_surgery.erase_core.run.engine import PLAIN_CAPTIONS  # noqa: E402
+from concept_surgery.erase_core.run.plan import planned_cost  # noqa: E402
+from concept_surgery.erase_core.settings.layers import reads_prompt  # noqa: E402
+from concept_surgery.erase_core.settings.settings import EraseSettings, preset_settings  # noqa: E402
 from concept_surgery.nodes.families import model_family  # noqa: E402
 from concept_surgery.nodes.matrices import trained_keys  # noqa: E402
 

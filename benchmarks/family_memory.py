@@ -14,8 +14,8 @@ import json
 from benchmarks.families import ARCHITECTURES, META, on_meta  # first: it loads the host
 
 import torch  # isort: skip
-from concept_surgery.erase_core.activations import SavedBytes
-from concept_surgery.erase_core.settings import EraseSettings, preset_settings
+from concept_surgery.erase_core.model.activations import SavedBytes
+from concept_surgery.erase_core.settings.settings import EraseSettings, preset_settings
 from concept_surgery.nodes.blocks import blocks_run_by
 from concept_surgery.nodes.families import model_family
 from concept_surgery.nodes.inplace import OutOfPlace

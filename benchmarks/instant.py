@@ -22,13 +22,13 @@ use_host()
 load_pack()
 
 import torch  # noqa: E402
-from concept_surgery.erase_core.closed_form import EditRegression, TokenEdit  # noqa: E402
-from concept_surgery.erase_core.denoiser import Encoded  # noqa: E402
-from concept_surgery.erase_core.encoded import EncodedPrompts  # noqa: E402
-from concept_surgery.erase_core.language import shrunk  # noqa: E402
-from concept_surgery.erase_core.pooled import POOLED_SHRINKAGE, solve_pooled  # noqa: E402
-from concept_surgery.erase_core.protection import strongest_that_moves  # noqa: E402
-from concept_surgery.erase_core.subspace import exact_set, leakage  # noqa: E402
+from concept_surgery.erase_core.method.closed_form import EditRegression, TokenEdit  # noqa: E402
+from concept_surgery.erase_core.method.encoded import EncodedPrompts  # noqa: E402
+from concept_surgery.erase_core.method.language import shrunk  # noqa: E402
+from concept_surgery.erase_core.method.pooled import POOLED_SHRINKAGE, solve_pooled  # noqa: E402
+from concept_surgery.erase_core.method.protection import strongest_that_moves  # noqa: E402
+from concept_surgery.erase_core.method.subspace import exact_set, leakage  # noqa: E402
+from concept_surgery.erase_core.model.denoiser import Encoded  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "instant.json"
 THREADS, TOKENS, TEMPLATES, RANK = 1, 77, 12, 16

@@ -25,9 +25,9 @@ import comfy.model_patcher  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
 from concept_surgery.erase_core import erase, preset_settings  # noqa: E402
-from concept_surgery.erase_core.denoiser import Encoded, LowRankEdit  # noqa: E402
-from concept_surgery.erase_core.states import EncodedPair, States  # noqa: E402
-from concept_surgery.erase_core.trainer import Pool, Ridge, SurgeryTrainer  # noqa: E402
+from concept_surgery.erase_core.model.denoiser import Encoded, LowRankEdit  # noqa: E402
+from concept_surgery.erase_core.run.states import EncodedPair, States  # noqa: E402
+from concept_surgery.erase_core.run.trainer import Pool, Ridge, SurgeryTrainer  # noqa: E402
 from concept_surgery.nodes.host import ComfyDenoiser  # noqa: E402
 
 from benchmarks.random_weights import fill_network  # noqa: E402

@@ -1,14 +1,14 @@
 """Concept erasure for text-to-image diffusion models: the science, free of any host."""
 
-from .engine import Finished, Progress, erase
-from .erasure import Erasure, ErasureFileError
-from .gradient import GradientError
-from .report import report_text
-from .settings import PRESETS, EraseSettings, preset_settings
-from .states import PredictionError
-from .subspace import SubspaceError
-from .texts import KINDS, SettingsError
-from .trainer import TrainingError
+from .artefact.erasure import Erasure, ErasureFileError
+from .artefact.report import report_text
+from .method.subspace import SubspaceError
+from .model.gradient import GradientError
+from .run.engine import Finished, Progress, erase
+from .run.states import PredictionError
+from .run.trainer import TrainingError
+from .settings.settings import PRESETS, EraseSettings, preset_settings
+from .settings.texts import KINDS, SettingsError
 
 __all__ = [
     "KINDS",

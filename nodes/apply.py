@@ -9,12 +9,12 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..erase_core import Erasure, SettingsError
-from ..erase_core.collateral import WordChanges
-from ..erase_core.fingerprint import fingerprint, same_fingerprint
-from ..erase_core.formats import kohya_tensors
-from ..erase_core.layers import LayerRuleError, reads_prompt
-from ..erase_core.measure import key_value_drift
-from ..erase_core.together import changes_together
+from ..erase_core.artefact.formats import kohya_tensors
+from ..erase_core.artefact.together import changes_together
+from ..erase_core.files.fingerprint import fingerprint, same_fingerprint
+from ..erase_core.method.collateral import WordChanges
+from ..erase_core.run.measure import key_value_drift
+from ..erase_core.settings.layers import LayerRuleError, reads_prompt
 from .downstream import weight_takers
 from .encoding import encode_null
 from .exact import add_side_path

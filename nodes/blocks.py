@@ -13,7 +13,7 @@ from comfy.ldm.modules.diffusionmodules.mmdit import JointBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import nn
 
-from ..erase_core.activations import BlockRun
+from ..erase_core.model.activations import BlockRun
 
 # None of them contains another.
 BLOCKS = (ResBlock, BasicTransformerBlock, JointBlock, DoubleStreamBlock, SingleStreamBlock)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..erase_core import Erasure
-from ..erase_core.denoiser import LowRankEdit, Projections
+from ..erase_core.model.denoiser import LowRankEdit, Projections
 
 WRAPPER_TYPE = "apply_model"  # the host's WrappersMP.APPLY_MODEL, in every host that has wrappers
 WRAPPER_KEY = "concept_surgery_exact:"

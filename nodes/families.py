@@ -11,8 +11,8 @@ import torch
 from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from torch import Tensor
 
-from ..erase_core import families
-from ..erase_core.families import Family
+from ..erase_core.settings import families
+from ..erase_core.settings.families import Family
 
 # What the host's classes are to the engine: the configuration with its kin, and the model itself.
 FAMILIES = (

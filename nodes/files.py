@@ -11,10 +11,10 @@ from comfy_api.v0_0_2 import io
 from safetensors import safe_open
 
 from ..erase_core import Erasure, ErasureFileError, SettingsError
-from ..erase_core.disk import remove_abandoned
-from ..erase_core.filenames import path_problem
-from ..erase_core.formats import KOHYA, NAMINGS, RECORD_KEY
-from ..erase_core.report import report_text
+from ..erase_core.artefact.formats import KOHYA, NAMINGS, RECORD_KEY
+from ..erase_core.artefact.report import report_text
+from ..erase_core.files.disk import remove_abandoned
+from ..erase_core.files.filenames import path_problem
 from .messages import id_of, preview, show_progress_text, shown
 from .refusals import check_choice, refusal
 from .schema import CATEGORY, ErasureType, compatible

@@ -15,8 +15,8 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
-from ..erase_core.activations import BlockRun
-from ..erase_core.denoiser import (
+from ..erase_core.model.activations import BlockRun
+from ..erase_core.model.denoiser import (
     Encoded,
     LowRankEdit,
     LowRankSidePath,
@@ -47,7 +47,7 @@ TRAINING_MEMORY_FACTOR = 3
 
 
 class ComfyDenoiser:
-    """The host's MODEL and CLIP, fulfilling :class:`erase_core.denoiser.Denoiser`.
+    """The host's MODEL and CLIP, fulfilling :class:`erase_core.model.denoiser.Denoiser`.
 
     The model's module is never touched: the denoiser runs a twin of it whose parameters lie over
     the host's storage, so there is one copy of the weights. Use as a context manager, which lets
@@ -60,7 +60,8 @@ class ComfyDenoiser:
         base_name: name of the checkpoint, for the record.
         images: most images per prediction, for the host's memory planning.
         resolution: side of the pictures in pixels, likewise.
-        layers: which matrices train, see :mod:`erase_core.layers`; None for the family's own.
+        layers: which matrices train, see :mod:`erase_core.settings.layers`; None for the
+            family's own.
 
     Raises:
         UnsupportedModelError: a model that can't be trained on, a CLIP with hooks or of another
@@ -123,15 +124,15 @@ class ComfyDenoiser:
 
     @functools.cached_property
     def identity(self) -> str:
-        """See :class:`erase_core.denoiser.Denoiser`."""
+        """See :class:`erase_core.model.denoiser.Denoiser`."""
         return model_identity(self._model, self._keys.values())
 
     def encode(self, prompts: Sequence[str], together: bool = False) -> list[Encoded]:
-        """See :class:`erase_core.denoiser.Denoiser`."""
+        """See :class:`erase_core.model.denoiser.Denoiser`."""
         return encode_prompts(self._clip, prompts, together, self._family.pooled)
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        """See :class:`erase_core.denoiser.Denoiser`."""
+        """See :class:`erase_core.model.denoiser.Denoiser`."""
         return [row_ids(self._clip, prompt, self._family.token_streams) for prompt in prompts]
 
     def vocabulary(self) -> list[str]:
@@ -139,22 +140,22 @@ class ComfyDenoiser:
         return vocabulary(self._clip, [*itertools.chain(*self._family.token_streams)])
 
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
-        """See :class:`erase_core.denoiser.Denoiser`."""
+        """See :class:`erase_core.model.denoiser.Denoiser`."""
         return latent_shape(self._model, resolution)
 
     def sigmas(self, steps: int) -> Tensor:
-        """See :class:`erase_core.denoiser.Denoiser`."""
+        """See :class:`erase_core.model.denoiser.Denoiser`."""
         sampling = self._model.get_model_object("model_sampling")
         return comfy.samplers.calculate_sigmas(sampling, "normal", steps).clone()
 
     def noisy_latent(self, noise: Tensor, sigma: Tensor) -> Tensor:
-        """See :class:`erase_core.denoiser.Denoiser`."""
+        """See :class:`erase_core.model.denoiser.Denoiser`."""
         sampling = self._model.get_model_object("model_sampling")
         sigma = sigma.to(noise.device)
         return sampling.noise_scaling(sigma, noise, torch.zeros_like(noise), max_denoise=True)
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
-        """See :class:`erase_core.denoiser.Denoiser`. From the host's own sampling object."""
+        """See :class:`erase_core.model.denoiser.Denoiser`. From the host's own sampling object."""
         sampling = self._model.get_model_object("model_sampling")
         nothing, one = (torch.full((len(sigma), 1, 1, 1), value) for value in (0.0, 1.0))
         sigma = sigma.cpu()
@@ -169,7 +170,7 @@ class ComfyDenoiser:
         prompts: Sequence[Encoded],
         edit: LowRankEdit | None = None,
     ) -> Tensor:
-        """See :class:`erase_core.denoiser.Denoiser`. Raises the host's interrupt."""
+        """See :class:`erase_core.model.denoiser.Denoiser`. Raises the host's interrupt."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         if self._family.joint and len({len(prompt.tokens) for prompt in prompts}) > 1:
             return self._by_length(x, sigma, prompts, edit)
@@ -189,7 +190,7 @@ class ComfyDenoiser:
         return OutOfPlace(always) if self._family.adds_in_place else contextlib.nullcontext()
 
     def around_blocks(self, run: BlockRun) -> contextlib.AbstractContextManager[None]:
-        """See :class:`erase_core.denoiser.Denoiser`."""
+        """See :class:`erase_core.model.denoiser.Denoiser`."""
         return blocks_run_by(self._twin.diffusion_model, run, self._surroundings)
 
     def _surroundings(self) -> Callable[[], contextlib.AbstractContextManager]:
@@ -204,12 +205,12 @@ class ComfyDenoiser:
         return surroundings
 
     def weights(self) -> Iterator[Tensor]:
-        """See :class:`erase_core.denoiser.Denoiser`."""
+        """See :class:`erase_core.model.denoiser.Denoiser`."""
         yield from self._twin.parameters()
         yield from self._twin.buffers()
 
     def room(self, needed: int) -> int:
-        """See :class:`erase_core.denoiser.Denoiser`. The host moves other models away."""
+        """See :class:`erase_core.model.denoiser.Denoiser`. The host moves other models away."""
         management = comfy.model_management
         own = management.LoadedModel(self._model)
         with _host_moves_weights():
@@ -242,7 +243,7 @@ class ComfyDenoiser:
         }
 
     def matrices(self) -> Mapping[str, Tensor]:
-        """See :class:`erase_core.denoiser.Denoiser`. Patches are in them, wherever they lie.
+        """See :class:`erase_core.model.denoiser.Denoiser`. Patches are in them, wherever they lie.
 
         Raises:
             UnsupportedModelError: packed in a format that their layers can't give as numbers.

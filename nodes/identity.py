@@ -15,7 +15,7 @@ import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
-from ..erase_core.identity import Digest, bytes_on_cpu, middle_bytes, word_sums
+from ..erase_core.artefact.identity import Digest, bytes_on_cpu, middle_bytes, word_sums
 from .exact import side_paths
 from .packed import contents, is_plain
 

@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.v0_0_2 import io
 
 from ..erase_core import Erasure, SettingsError
-from ..erase_core.together import settings_together, warnings_together
+from ..erase_core.artefact.together import settings_together, warnings_together
 from .families import trainable_family
 from .matrices import is_base_of
 from .messages import upstream_file

@@ -6,10 +6,10 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from ..erase_core import families
-from ..erase_core.denoiser import Encoded
-from ..erase_core.families import Family
-from ..erase_core.layers import ENTRANCES, reads_prompt
+from ..erase_core.model.denoiser import Encoded
+from ..erase_core.settings import families
+from ..erase_core.settings.families import Family
+from ..erase_core.settings.layers import ENTRANCES, reads_prompt
 from .encoding import encode_null
 from .families import UnsupportedModelError, model_family
 from .matrices import kohya_keys, original_weights, trained_keys

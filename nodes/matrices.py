@@ -8,9 +8,9 @@ from typing import Any
 import comfy.lora
 from torch import Tensor
 
-from ..erase_core.fingerprint import PACKED_WITHIN, SAME_WITHIN, fingerprint, same_fingerprint
-from ..erase_core.layers import LayerRuleError, matching
-from ..erase_core.settings import EraseSettings
+from ..erase_core.files.fingerprint import PACKED_WITHIN, SAME_WITHIN, fingerprint, same_fingerprint
+from ..erase_core.settings.layers import LayerRuleError, matching
+from ..erase_core.settings.settings import EraseSettings
 from .families import model_family
 from .packed import as_numbers, is_packed, unpatched
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import folder_paths
 
 from ..erase_core import Erasure, ErasureFileError
-from ..erase_core.disk import remove_abandoned
+from ..erase_core.files.disk import remove_abandoned
 
 # Room for some 300 erasures of SD1.x or some 35 of SDXL. What was used longest ago goes first.
 LIMIT_BYTES = 4 * 2**30

@@ -9,9 +9,9 @@ import comfy.utils
 import torch
 
 from ..erase_core import EraseSettings, Finished, erase
-from ..erase_core.identity import USE_IF_THERE
-from ..erase_core.plan import cost_warning
-from ..erase_core.report import report_text
+from ..erase_core.artefact.identity import USE_IF_THERE
+from ..erase_core.artefact.report import report_text
+from ..erase_core.run.plan import cost_warning
 from .families import trainable_family
 from .host import ComfyDenoiser, left_out_of_training
 from .messages import show_progress_text, shown, upstream_file, warn, warn_all

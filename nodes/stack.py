@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..erase_core import Erasure
-from ..erase_core.collateral import WordChanges
-from ..erase_core.protection import HARM
-from ..erase_core.texts import same_text
+from ..erase_core.method.collateral import WordChanges
+from ..erase_core.method.protection import HARM
+from ..erase_core.settings.texts import same_text
 
 ATTACHMENT = "concept_surgery_applied"
 MERGE, EXACT = "merge", "exact"

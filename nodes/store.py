@@ -9,8 +9,8 @@ from pathlib import Path
 import folder_paths
 from torch import Tensor
 
-from ..erase_core.digest import content_hash
-from ..erase_core.disk import (
+from ..erase_core.files.digest import content_hash
+from ..erase_core.files.disk import (
     DamagedFileError,
     read_safetensors,
     remove_abandoned,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..erase_core import Erasure, SettingsError
-from ..erase_core.report import report_text
-from ..erase_core.texts import concept_names
+from ..erase_core.artefact.report import report_text
+from ..erase_core.settings.texts import concept_names
 from .messages import id_of, show_progress_text, shown
 from .refusals import refusal
 from .schema import CATEGORY, ErasureType, compatible

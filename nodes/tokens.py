@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..erase_core.alignment import STREAM_IDS, VECTOR_IDS
+from ..erase_core.method.alignment import STREAM_IDS, VECTOR_IDS
 
 # Bytes of a hash that tell one vector from another, few enough to stay below STREAM_IDS.
 _HASH_BYTES = 7

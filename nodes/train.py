@@ -8,12 +8,12 @@ from typing import Any
 from comfy_api.v0_0_2 import io
 
 from ..erase_core import KINDS, PRESETS, EraseSettings, Finished, preset_settings
-from ..erase_core.families import Family, generic
-from ..erase_core.identity import REUSE, USE_IF_THERE
-from ..erase_core.layers import LAYER_RULES
-from ..erase_core.prompts import prompt_pairs
-from ..erase_core.settings import FORMS, NULL_SCORES
-from ..erase_core.texts import SettingsError, parse_concepts
+from ..erase_core.artefact.identity import REUSE, USE_IF_THERE
+from ..erase_core.settings.families import Family, generic
+from ..erase_core.settings.layers import LAYER_RULES
+from ..erase_core.settings.prompts import prompt_pairs
+from ..erase_core.settings.settings import FORMS, NULL_SCORES
+from ..erase_core.settings.texts import SettingsError, parse_concepts
 from .families import trainable_family
 from .refusals import check_choice, refusal
 from .runs import refuse_without_clip, report_of, run_to_end

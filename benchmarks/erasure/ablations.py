@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from concept_surgery.erase_core.prompts import TEMPLATES
+from concept_surgery.erase_core.settings.prompts import TEMPLATES
 
 from benchmarks.emoji.words import STYLE_NAMES, fill, without_object
 from benchmarks.erasure.cases import PLAIN, REPORTED, STYLED, TUNED, Case

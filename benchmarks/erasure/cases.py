@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from concept_surgery.erase_core.prompts import TEMPLATES
-from concept_surgery.erase_core.texts import Concept, parse_concepts
+from concept_surgery.erase_core.settings.prompts import TEMPLATES
+from concept_surgery.erase_core.settings.texts import Concept, parse_concepts
 
 from benchmarks.emoji.words import (
     GROUPS,

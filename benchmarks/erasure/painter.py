@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.samplers import calculate_sigmas
-from concept_surgery.erase_core.denoiser import Encoded, LowRankEdit
-from concept_surgery.erase_core.measure import CountedDenoiser
+from concept_surgery.erase_core.model.denoiser import Encoded, LowRankEdit
+from concept_surgery.erase_core.run.measure import CountedDenoiser
 from concept_surgery.nodes.host import ComfyDenoiser, encode_prompts, trained_keys, twin_of
 from torch import Tensor
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from concept_surgery.erase_core.denoiser import Denoiser, Encoded, LowRankEdit
+from concept_surgery.erase_core.model.denoiser import Denoiser, Encoded, LowRankEdit
 from torch import Tensor
 
 from benchmarks.emoji.data import SIZE, load_pictures, render

@@ -7,15 +7,15 @@ from contextlib import ExitStack, contextmanager
 
 import psutil
 import torch
-from concept_surgery.erase_core.activations import BlockRun
-from concept_surgery.erase_core.denoiser import (
+from concept_surgery.erase_core.files.fingerprint import fingerprint
+from concept_surgery.erase_core.model.activations import BlockRun
+from concept_surgery.erase_core.model.denoiser import (
     Encoded,
     LowRankEdit,
     LowRankSidePath,
     stack_tokens,
 )
-from concept_surgery.erase_core.fingerprint import fingerprint
-from concept_surgery.erase_core.layers import matching
+from concept_surgery.erase_core.settings.layers import matching
 from torch import Tensor, nn
 
 from benchmarks.icons.latents import CHANNELS, PATCH
@@ -58,7 +58,7 @@ class Encoder:
 
 
 class IconsDenoiser:
-    """Fulfils ``erase_core.denoiser.Denoiser``. Use as a context manager.
+    """Fulfils ``erase_core.model.denoiser.Denoiser``. Use as a context manager.
 
     The family's name is that of the models with one text encoder and keys and values that read
     nothing but its tokens, which is what this one is.
@@ -67,7 +67,7 @@ class IconsDenoiser:
         network: the model, frozen; while this lives its layers carry hooks.
         encode: gives states of texts.
         identity: a name for the weights.
-        layers: which matrices train, see ``erase_core.layers``.
+        layers: which matrices train, see ``erase_core.settings.layers``.
     """
 
     family, device, dtype = "SD1.x", torch.device("cpu"), torch.float32

@@ -208,7 +208,7 @@ def vocabulary() -> list[str]:
 
 def write_vocabulary() -> None:
     """Collect the words: of prompts, of the engine's templates, and the captions' most frequent."""
-    from concept_surgery.erase_core.prompts import TEMPLATES
+    from concept_surgery.erase_core.settings.prompts import TEMPLATES
 
     phrases = [*PLAIN, *STYLED, *HELD_OUT_PLAIN, *HELD_OUT_STYLED, *NOTHING_PLAIN, *NOTHING_STYLED]
     phrases += [*HEADS, *ARTICLES, *TAILS, *IN_STYLE, *THINGS, *SYNONYMS, *STYLES, *EMPTY_WORDS]

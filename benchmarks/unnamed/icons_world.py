@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from concept_surgery.erase_core.denoiser import LowRankEdit
-from concept_surgery.erase_core.measure import CountedDenoiser
+from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.run.measure import CountedDenoiser
 from torch import Tensor
 
 from benchmarks.icons.classifier import COMMITTED, classify, load_judge

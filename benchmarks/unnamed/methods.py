@@ -14,12 +14,12 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from concept_surgery.erase_core import erase, preset_settings
-from concept_surgery.erase_core.alignment import word_span
-from concept_surgery.erase_core.denoiser import LowRankEdit
-from concept_surgery.erase_core.prompts import prompt_pairs
-from concept_surgery.erase_core.reading import plain_captions, spread
-from concept_surgery.erase_core.settings import EraseSettings
-from concept_surgery.erase_core.texts import Concept
+from concept_surgery.erase_core.method.alignment import word_span
+from concept_surgery.erase_core.method.reading import plain_captions, spread
+from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.settings.prompts import prompt_pairs
+from concept_surgery.erase_core.settings.settings import EraseSettings
+from concept_surgery.erase_core.settings.texts import Concept
 from torch import Tensor
 
 from benchmarks.erasure.cases import Case as PeersCase

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from concept_surgery.erase_core.denoiser import LowRankEdit
-from concept_surgery.erase_core.prompts import with_article
-from concept_surgery.erase_core.reading import plain_captions
+from concept_surgery.erase_core.method.reading import plain_captions
+from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.settings.prompts import with_article
 from torch import Tensor
 
 from benchmarks.unnamed.cases import Case

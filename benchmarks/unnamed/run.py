@@ -24,11 +24,11 @@ from tools.pack import load_pack, use_host
 
 use_host()
 load_pack()
-from concept_surgery.erase_core.gradient import GradientError  # noqa: E402
-from concept_surgery.erase_core.states import PredictionError  # noqa: E402
-from concept_surgery.erase_core.subspace import SubspaceError  # noqa: E402
-from concept_surgery.erase_core.texts import SettingsError  # noqa: E402
-from concept_surgery.erase_core.trainer import TrainingError  # noqa: E402
+from concept_surgery.erase_core.method.subspace import SubspaceError  # noqa: E402
+from concept_surgery.erase_core.model.gradient import GradientError  # noqa: E402
+from concept_surgery.erase_core.run.states import PredictionError  # noqa: E402
+from concept_surgery.erase_core.run.trainer import TrainingError  # noqa: E402
+from concept_surgery.erase_core.settings.texts import SettingsError  # noqa: E402
 
 from benchmarks.erasure.results import RESULTS, Cache, digest  # noqa: E402
 from benchmarks.unnamed.cases import BROKEN as BROKEN_CASES  # noqa: E402

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from concept_surgery.erase_core.denoiser import LowRankSidePath
-from concept_surgery.erase_core.fingerprint import fingerprint
+from concept_surgery.erase_core.files.fingerprint import fingerprint
+from concept_surgery.erase_core.model.denoiser import LowRankSidePath
 from torch import nn
 
 from .toy import CHANNELS, WIDTH, ToyDenoiser

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from concept_surgery.erase_core import SubspaceError, erase, preset_settings
-from concept_surgery.erase_core.already import told_apart, usual_gains
-from concept_surgery.erase_core.closed_form import Metric, TokenEdit
-from concept_surgery.erase_core.engine import refuse_if_too_little_moves
-from concept_surgery.erase_core.language import Words
+from concept_surgery.erase_core.method.already import told_apart, usual_gains
+from concept_surgery.erase_core.method.closed_form import Metric, TokenEdit
+from concept_surgery.erase_core.method.language import Words
+from concept_surgery.erase_core.run.engine import refuse_if_too_little_moves
 
 from .toy import ToyDenoiser
 

@@ -5,20 +5,20 @@ import math
 import pytest
 import torch
 from concept_surgery.erase_core import erase, preset_settings, report_text
-from concept_surgery.erase_core.cautions import (
+from concept_surgery.erase_core.artefact.cautions import (
     GUIDANCE_HARM,
     GUIDANCE_RUIN,
     harm_grade,
     harm_warnings,
     unknown_warnings,
 )
-from concept_surgery.erase_core.closed_form import Metric
-from concept_surgery.erase_core.collateral import NO_WORDS, Others, WordChanges
-from concept_surgery.erase_core.denoiser import Encoded, LowRankEdit
-from concept_surgery.erase_core.language import Language, Words
-from concept_surgery.erase_core.protection import HARM, RUIN
-from concept_surgery.erase_core.reading import things
-from concept_surgery.erase_core.subspace import SubspaceError
+from concept_surgery.erase_core.method.closed_form import Metric
+from concept_surgery.erase_core.method.collateral import NO_WORDS, Others, WordChanges
+from concept_surgery.erase_core.method.language import Language, Words
+from concept_surgery.erase_core.method.protection import HARM, RUIN
+from concept_surgery.erase_core.method.reading import things
+from concept_surgery.erase_core.method.subspace import SubspaceError
+from concept_surgery.erase_core.model.denoiser import Encoded, LowRankEdit
 
 from .test_linear_algebra import WIDTH, Regression, rows
 from .toy import ToyDenoiser

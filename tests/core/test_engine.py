@@ -12,23 +12,23 @@ from concept_surgery.erase_core import (
     PredictionError,
     Progress,
     TrainingError,
-    engine,
     erase,
     preset_settings,
     report_text,
 )
-from concept_surgery.erase_core import run as run_module
-from concept_surgery.erase_core.checks import SAMPLED_TRAJECTORIES
-from concept_surgery.erase_core.collateral import Others, WordChanges
-from concept_surgery.erase_core.denoiser import Encoded
-from concept_surgery.erase_core.engine import AIM, LEAST_MOVED
-from concept_surgery.erase_core.plan import planned_cost
-from concept_surgery.erase_core.protection import HARM
-from concept_surgery.erase_core.reading import plain_captions, spread
-from concept_surgery.erase_core.run import Run
-from concept_surgery.erase_core.states import EncodedPair, draw_pairs
-from concept_surgery.erase_core.subspace import SubspaceError
-from concept_surgery.erase_core.trainer import DivergedError, SurgeryTrainer
+from concept_surgery.erase_core.method.collateral import Others, WordChanges
+from concept_surgery.erase_core.method.protection import HARM
+from concept_surgery.erase_core.method.reading import plain_captions, spread
+from concept_surgery.erase_core.method.subspace import SubspaceError
+from concept_surgery.erase_core.model.denoiser import Encoded
+from concept_surgery.erase_core.run import engine
+from concept_surgery.erase_core.run import run as run_module
+from concept_surgery.erase_core.run.checks import SAMPLED_TRAJECTORIES
+from concept_surgery.erase_core.run.engine import AIM, LEAST_MOVED
+from concept_surgery.erase_core.run.plan import planned_cost
+from concept_surgery.erase_core.run.run import Run
+from concept_surgery.erase_core.run.states import EncodedPair, draw_pairs
+from concept_surgery.erase_core.run.trainer import DivergedError, SurgeryTrainer
 
 from .toy import ToyDenoiser
 

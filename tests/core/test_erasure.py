@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from concept_surgery.erase_core import Erasure, erase, preset_settings, report_text
-from concept_surgery.erase_core.erasure import ErasureError
-from concept_surgery.erase_core.texts import concept_names
+from concept_surgery.erase_core.artefact.erasure import ErasureError
+from concept_surgery.erase_core.settings.texts import concept_names
 
 from .toy import ToyDenoiser
 

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from concept_surgery.erase_core.prompts import prompt_pairs
-from concept_surgery.erase_core.settings import EraseSettings
+from concept_surgery.erase_core.settings.prompts import prompt_pairs
+from concept_surgery.erase_core.settings.settings import EraseSettings
 
 from benchmarks.emoji.words import LEFT_OUT_PAIRS, OBJECT_NAMES, STYLE_NAMES
 from benchmarks.erasure import ablation_tables, ablations, metrics, report

@@ -4,9 +4,9 @@ from itertools import combinations
 
 import pytest
 import torch
-from concept_surgery.erase_core.denoiser import Encoded
-from concept_surgery.erase_core.measure import CountedDenoiser
-from concept_surgery.erase_core.prompts import PromptPair, prompt_pairs
+from concept_surgery.erase_core.model.denoiser import Encoded
+from concept_surgery.erase_core.run.measure import CountedDenoiser
+from concept_surgery.erase_core.settings.prompts import PromptPair, prompt_pairs
 
 from benchmarks.erasure import ablations, metrics, recovery
 from benchmarks.erasure.cases import REPORTED, TUNED, Case

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from concept_surgery.erase_core import Erasure, ErasureFileError, erase, preset_settings
-from concept_surgery.erase_core.families import FAMILIES
+from concept_surgery.erase_core.settings.families import FAMILIES
 from safetensors import safe_open
 
 from .toy import ToyDenoiser

@@ -4,9 +4,10 @@ from statistics import median
 
 import pytest
 import torch
-from concept_surgery.erase_core import GradientError, erase, preset_settings, trainer
-from concept_surgery.erase_core.denoiser import LowRankEdit
-from concept_surgery.erase_core.gradient import MOST_APART, check_gradient
+from concept_surgery.erase_core import GradientError, erase, preset_settings
+from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.model.gradient import MOST_APART, check_gradient
+from concept_surgery.erase_core.run import trainer
 
 from .toy import ToyDenoiser
 
@@ -228,7 +229,7 @@ def test_overflow_of_scaled_gradients_is_scaled_down():
         def backward(context, gradient):
             return gradient.half().float() if gradient.abs().max() < 60 else gradient / 0
 
-    from concept_surgery.erase_core.denoiser import LowRankEdit
+    from concept_surgery.erase_core.model.denoiser import LowRankEdit
 
     weight = torch.randn(6, 4)
     start = LowRankEdit({"m": torch.eye(4)}, {"m": torch.randn(6, 4)})

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from concept_surgery.erase_core.guidance import (
+from concept_surgery.erase_core.method.guidance import (
     SigmaWeight,
     guidance_term,
     moved,

@@ -13,7 +13,7 @@ from concept_surgery.erase_core import (
     identity,
     preset_settings,
 )
-from concept_surgery.erase_core.identity import (
+from concept_surgery.erase_core.artefact.identity import (
     REUSE,
     SUMMED_WORDS,
     NoStoredResultError,

@@ -5,9 +5,8 @@ import re
 import pytest
 import torch
 from concept_surgery.erase_core import erase, preset_settings
-from concept_surgery.erase_core.denoiser import Encoded
-from concept_surgery.erase_core.disk import write_safetensors
-from concept_surgery.erase_core.language import (
+from concept_surgery.erase_core.files.disk import write_safetensors
+from concept_surgery.erase_core.method.language import (
     SHRINKAGE,
     WITNESS_ROWS,
     pooled_moment,
@@ -15,7 +14,7 @@ from concept_surgery.erase_core.language import (
     shrunk,
     unknown_share,
 )
-from concept_surgery.erase_core.reading import (
+from concept_surgery.erase_core.method.reading import (
     PHRASES,
     TAG_PHRASES,
     WITNESSES,
@@ -28,6 +27,7 @@ from concept_surgery.erase_core.reading import (
     plain_captions,
     things,
 )
+from concept_surgery.erase_core.model.denoiser import Encoded
 
 from .toy import TOKENS, WIDTH, ToyDenoiser
 

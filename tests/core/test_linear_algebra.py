@@ -4,21 +4,20 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from concept_surgery.erase_core.alignment import (
+from concept_surgery.erase_core.method.alignment import (
     STREAM_IDS,
     align_tokens,
     content_length,
     word_span,
 )
-from concept_surgery.erase_core.closed_form import (
+from concept_surgery.erase_core.method.closed_form import (
     FLOOR,
     MOST_COLUMNS,
     EditRegression,
     Metric,
     TokenEdit,
 )
-from concept_surgery.erase_core.denoiser import LowRankEdit
-from concept_surgery.erase_core.subspace import (
+from concept_surgery.erase_core.method.subspace import (
     KEEP_FLOOR,
     SubspaceError,
     exact_set,
@@ -26,7 +25,8 @@ from concept_surgery.erase_core.subspace import (
     leakage,
     remove_span,
 )
-from concept_surgery.erase_core.trainer import Ridge
+from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.run.trainer import Ridge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

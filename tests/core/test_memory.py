@@ -10,9 +10,9 @@ from concept_surgery.erase_core import (
     preset_settings,
     report_text,
 )
-from concept_surgery.erase_core.activations import Recompute, SavedBytes
-from concept_surgery.erase_core.memory import Fit, Need
-from concept_surgery.erase_core.trainer import SurgeryTrainer
+from concept_surgery.erase_core.model.activations import Recompute, SavedBytes
+from concept_surgery.erase_core.model.memory import Fit, Need
+from concept_surgery.erase_core.run.trainer import SurgeryTrainer
 
 from .deep_toy import DeepToy
 from .small_device import SmallDevice

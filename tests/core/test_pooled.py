@@ -3,15 +3,15 @@
 import pytest
 import torch
 from concept_surgery.erase_core import Erasure, erase, preset_settings, report_text
-from concept_surgery.erase_core.denoiser import (
+from concept_surgery.erase_core.model.denoiser import (
     Encoded,
     LowRankEdit,
     LowRankSidePath,
     stack_pooled,
 )
-from concept_surgery.erase_core.families import SDXL
-from concept_surgery.erase_core.measure import pooled_leak
-from concept_surgery.erase_core.states import EncodedPair, states_at
+from concept_surgery.erase_core.run.measure import pooled_leak
+from concept_surgery.erase_core.run.states import EncodedPair, states_at
+from concept_surgery.erase_core.settings.families import SDXL
 from torch import nn
 
 from .toy import CHANNELS, ToyDenoiser

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from concept_surgery.erase_core import EraseSettings, erase, preset_settings
-from concept_surgery.erase_core.alignment import STREAM_IDS, content_length, word_span
-from concept_surgery.erase_core.denoiser import Encoded
-from concept_surgery.erase_core.encoded import encode_prompts
-from concept_surgery.erase_core.prompts import (
+from concept_surgery.erase_core.method.alignment import STREAM_IDS, content_length, word_span
+from concept_surgery.erase_core.method.encoded import encode_prompts
+from concept_surgery.erase_core.method.reading import naming
+from concept_surgery.erase_core.model.denoiser import Encoded
+from concept_surgery.erase_core.run.run import Run
+from concept_surgery.erase_core.settings.prompts import (
     FILLERS,
     TEMPLATES,
     Template,
@@ -14,8 +16,6 @@ from concept_surgery.erase_core.prompts import (
     prompt_pairs,
     with_article,
 )
-from concept_surgery.erase_core.reading import naming
-from concept_surgery.erase_core.run import Run
 
 from .toy import ToyDenoiser
 

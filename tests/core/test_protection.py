@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from concept_surgery.erase_core.closed_form import EditRegression, Metric
-from concept_surgery.erase_core.collateral import Others, WordChanges
-from concept_surgery.erase_core.language import Language, Words
-from concept_surgery.erase_core.measure import Movement
-from concept_surgery.erase_core.protection import (
+from concept_surgery.erase_core.method.closed_form import EditRegression, Metric
+from concept_surgery.erase_core.method.collateral import Others, WordChanges
+from concept_surgery.erase_core.method.language import Language, Words
+from concept_surgery.erase_core.method.protection import (
     CHANGE_FOR_MORE,
     LEAST_MOVED,
     LESS_WILL_DO,
@@ -14,6 +13,7 @@ from concept_surgery.erase_core.protection import (
     SHARE_OF_ATTAINABLE,
     strongest_that_moves,
 )
+from concept_surgery.erase_core.run.measure import Movement
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

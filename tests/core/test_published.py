@@ -400,6 +400,6 @@ def test_one_oldest_python_everywhere():
 
 
 def test_version_is_one():
-    from concept_surgery.erase_core.engine import VERSION
+    from concept_surgery.erase_core.version import VERSION
 
     assert PROJECT["project"]["version"] == VERSION

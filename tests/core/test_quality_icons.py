@@ -8,7 +8,7 @@ others are things that the run doesn't name.
 import numpy as np
 import pytest
 from concept_surgery.erase_core import erase, preset_settings
-from concept_surgery.erase_core.prompts import OBJECT_TEMPLATES
+from concept_surgery.erase_core.settings.prompts import OBJECT_TEMPLATES
 
 from benchmarks.icons.model import IconsModel
 from benchmarks.icons.words import HELD_OUT_PLAIN, THING_NAMES, fill

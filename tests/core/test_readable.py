@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 from concept_surgery.erase_core import EraseSettings, SettingsError, SubspaceError, erase
-from concept_surgery.erase_core.alignment import VECTOR_IDS
-from concept_surgery.erase_core.denoiser import Encoded
-from concept_surgery.erase_core.encoded import encode_prompts
-from concept_surgery.erase_core.settings import preset_settings
+from concept_surgery.erase_core.method.alignment import VECTOR_IDS
+from concept_surgery.erase_core.method.encoded import encode_prompts
+from concept_surgery.erase_core.model.denoiser import Encoded
+from concept_surgery.erase_core.settings.settings import preset_settings
 
 from .toy import TOKENS, ToyDenoiser
 

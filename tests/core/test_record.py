@@ -4,9 +4,10 @@ import copy
 import json
 
 import pytest
-from concept_surgery.erase_core import Erasure, ErasureFileError, erase, formats, preset_settings
-from concept_surgery.erase_core.record import VERSION
-from concept_surgery.erase_core.report import report_text
+from concept_surgery.erase_core import Erasure, ErasureFileError, erase, preset_settings
+from concept_surgery.erase_core.artefact import formats
+from concept_surgery.erase_core.artefact.report import report_text
+from concept_surgery.erase_core.version import VERSION
 
 from .toy import ToyDenoiser
 

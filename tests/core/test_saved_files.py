@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from concept_surgery.erase_core import Erasure, ErasureFileError, erase, formats, preset_settings
-from concept_surgery.erase_core.report import report_text
-from concept_surgery.erase_core.together import settings_together
+from concept_surgery.erase_core import Erasure, ErasureFileError, erase, preset_settings
+from concept_surgery.erase_core.artefact import formats
+from concept_surgery.erase_core.artefact.report import report_text
+from concept_surgery.erase_core.artefact.together import settings_together
 from safetensors.torch import load_file, save_file
 
 from .toy import ToyDenoiser

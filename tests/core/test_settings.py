@@ -5,21 +5,21 @@ import re
 
 import pytest
 from concept_surgery.erase_core import EraseSettings, SettingsError, preset_settings
-from concept_surgery.erase_core.families import FAMILIES
-from concept_surgery.erase_core.layers import (
+from concept_surgery.erase_core.settings.families import FAMILIES
+from concept_surgery.erase_core.settings.layers import (
     LAYER_RULES,
     PROMPT_RULES,
     LayerRuleError,
     matching,
     reads_prompt,
 )
-from concept_surgery.erase_core.prompts import (
+from concept_surgery.erase_core.settings.prompts import (
     TEMPLATES,
     prompt_pairs,
     prompt_warnings,
     with_article,
 )
-from concept_surgery.erase_core.texts import Concept, parse_concepts
+from concept_surgery.erase_core.settings.texts import Concept, parse_concepts
 
 
 @pytest.mark.parametrize(

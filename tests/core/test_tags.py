@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from concept_surgery import erase_core
-from concept_surgery.erase_core.reading import spread
+from concept_surgery.erase_core.method.reading import spread
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = "erase_core/data/tags.txt"

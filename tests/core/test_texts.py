@@ -5,9 +5,9 @@ import time
 
 import pytest
 from concept_surgery.erase_core import EraseSettings, SettingsError, preset_settings
-from concept_surgery.erase_core.plan import MANY_EVALUATIONS, cost_warning
-from concept_surgery.erase_core.prompts import prompt_pairs, prompt_warnings
-from concept_surgery.erase_core.texts import (
+from concept_surgery.erase_core.run.plan import MANY_EVALUATIONS, cost_warning
+from concept_surgery.erase_core.settings.prompts import prompt_pairs, prompt_warnings
+from concept_surgery.erase_core.settings.texts import (
     MOST_CHARACTERS,
     MOST_CONCEPTS,
     MOST_LINES,

@@ -6,18 +6,23 @@ import dataclasses
 import pytest
 import torch
 from concept_surgery.erase_core import EraseSettings, SettingsError, erase, preset_settings
-from concept_surgery.erase_core.collateral import together
-from concept_surgery.erase_core.denoiser import LowRankEdit
-from concept_surgery.erase_core.encoded import encode_prompts
-from concept_surgery.erase_core.prompts import FILLERS, TEMPLATES, prompt_pairs, prompt_warnings
-from concept_surgery.erase_core.record import record_problem
-from concept_surgery.erase_core.texts import Concept, parse_concepts
-from concept_surgery.erase_core.together import (
+from concept_surgery.erase_core.artefact.record import record_problem
+from concept_surgery.erase_core.artefact.together import (
     changes_together,
     kind_together,
     settings_together,
     warnings_together,
 )
+from concept_surgery.erase_core.method.collateral import together
+from concept_surgery.erase_core.method.encoded import encode_prompts
+from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.settings.prompts import (
+    FILLERS,
+    TEMPLATES,
+    prompt_pairs,
+    prompt_warnings,
+)
+from concept_surgery.erase_core.settings.texts import Concept, parse_concepts
 
 from .toy import ToyDenoiser
 

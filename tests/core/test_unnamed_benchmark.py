@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from concept_surgery.erase_core.denoiser import LowRankEdit
-from concept_surgery.erase_core.prompts import with_article
+from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.settings.prompts import with_article
 
 from benchmarks.emoji.words import OBJECT_NAMES
 from benchmarks.emoji.words import STYLE_NAMES as EMOJI_STYLES

@@ -6,16 +6,16 @@ import hashlib
 from contextlib import contextmanager
 
 import torch
-from concept_surgery.erase_core.denoiser import Encoded, LowRankSidePath, stack_tokens
-from concept_surgery.erase_core.fingerprint import fingerprint
-from concept_surgery.erase_core.layers import matching
+from concept_surgery.erase_core.files.fingerprint import fingerprint
+from concept_surgery.erase_core.model.denoiser import Encoded, LowRankSidePath, stack_tokens
+from concept_surgery.erase_core.settings.layers import matching
 from torch import nn
 
 WIDTH, TOKENS, CHANNELS = 96, 12, 4
 
 
 class ToyDenoiser:
-    """Fulfils ``erase_core.denoiser.Denoiser``; every word has a fixed random embedding."""
+    """Fulfils ``erase_core.model.denoiser.Denoiser``; every word has a fixed random embedding."""
 
     family, identity, device = "SD1.x", "70" * 20, torch.device("cpu")
     dtype = torch.float32

@@ -14,8 +14,8 @@ import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from concept_surgery.erase_core import GradientError, erase, preset_settings
-from concept_surgery.erase_core.denoiser import Encoded
-from concept_surgery.erase_core.report import report_text
+from concept_surgery.erase_core.artefact.report import report_text
+from concept_surgery.erase_core.model.denoiser import Encoded
 from concept_surgery.nodes import host
 from concept_surgery.nodes.apply import apply_erasure
 from concept_surgery.nodes.encoding import encode_prompts

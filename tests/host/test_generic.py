@@ -10,10 +10,11 @@ import comfy.supported_models
 import comfy.utils
 import pytest
 import torch
-from concept_surgery.erase_core import Erasure, GradientError, erase, families, preset_settings
-from concept_surgery.erase_core.layers import LayerRuleError
-from concept_surgery.erase_core.report import report_text
-from concept_surgery.erase_core.texts import SettingsError
+from concept_surgery.erase_core import Erasure, GradientError, erase, preset_settings
+from concept_surgery.erase_core.artefact.report import report_text
+from concept_surgery.erase_core.settings import families
+from concept_surgery.erase_core.settings.layers import LayerRuleError
+from concept_surgery.erase_core.settings.texts import SettingsError
 from concept_surgery.nodes import host
 from concept_surgery.nodes.apply import apply_erasure, mismatches
 from concept_surgery.nodes.encoding import encode_prompts

@@ -11,9 +11,9 @@ import comfy.supported_models
 import pytest
 import torch
 from concept_surgery.erase_core import PredictionError, erase, preset_settings
-from concept_surgery.erase_core.denoiser import Encoded
-from concept_surgery.erase_core.layers import LayerRuleError
-from concept_surgery.erase_core.report import report_text
+from concept_surgery.erase_core.artefact.report import report_text
+from concept_surgery.erase_core.model.denoiser import Encoded
+from concept_surgery.erase_core.settings.layers import LayerRuleError
 from concept_surgery.nodes.apply import ApplyError, apply_erasure
 from concept_surgery.nodes.families import UnsupportedModelError
 from concept_surgery.nodes.host import ComfyDenoiser, left_out_of_training, twin_of

@@ -6,10 +6,11 @@ import comfy.supported_models
 import pytest
 import torch
 from comfy import sd1_clip, sdxl_clip
-from concept_surgery.erase_core import SettingsError, erase, families, preset_settings
-from concept_surgery.erase_core.alignment import VECTOR_IDS, align_tokens, word_span
-from concept_surgery.erase_core.encoded import encode_prompts
-from concept_surgery.erase_core.settings import EraseSettings
+from concept_surgery.erase_core import SettingsError, erase, preset_settings
+from concept_surgery.erase_core.method.alignment import VECTOR_IDS, align_tokens, word_span
+from concept_surgery.erase_core.method.encoded import encode_prompts
+from concept_surgery.erase_core.settings import families
+from concept_surgery.erase_core.settings.settings import EraseSettings
 from concept_surgery.nodes.host import ComfyDenoiser
 from concept_surgery.nodes.tokens import row_ids
 from safetensors.torch import save_file

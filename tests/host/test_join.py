@@ -9,8 +9,8 @@ import pytest
 import torch
 from comfy_api.v0_0_2 import io
 from concept_surgery.erase_core import Erasure, SettingsError
-from concept_surgery.erase_core.collateral import WordChanges
-from concept_surgery.erase_core.protection import HARM
+from concept_surgery.erase_core.method.collateral import WordChanges
+from concept_surgery.erase_core.method.protection import HARM
 from concept_surgery.nodes import apply, messages, runs
 from concept_surgery.nodes.apply import ApplyErasure, apply_erasure, stack_changes
 from concept_surgery.nodes.extension import ConceptSurgeryExtension

@@ -7,10 +7,10 @@ import hashlib
 import comfy.sd
 import pytest
 import torch
-from concept_surgery.erase_core.activations import Recompute, SavedBytes
-from concept_surgery.erase_core.denoiser import LowRankEdit
-from concept_surgery.erase_core.erasure import Erasure
-from concept_surgery.erase_core.memory import Need
+from concept_surgery.erase_core.artefact.erasure import Erasure
+from concept_surgery.erase_core.model.activations import Recompute, SavedBytes
+from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.model.memory import Need
 from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.exact import add_side_path
 from concept_surgery.nodes.families import model_family

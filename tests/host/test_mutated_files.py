@@ -20,8 +20,8 @@ from concept_surgery.erase_core import (
     preset_settings,
 )
 from concept_surgery.erase_core import erase as run
-from concept_surgery.erase_core.erasure import ErasureError
-from concept_surgery.erase_core.together import settings_together, warnings_together
+from concept_surgery.erase_core.artefact.erasure import ErasureError
+from concept_surgery.erase_core.artefact.together import settings_together, warnings_together
 from concept_surgery.nodes.apply import ApplyError, apply_erasure, mismatches, stack_report
 from concept_surgery.nodes.files import LoadErasure, SaveErasure, save_erasure
 from concept_surgery.nodes.join import other_bases

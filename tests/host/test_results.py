@@ -19,7 +19,7 @@ import comfy.sd
 import pytest
 import torch
 from concept_surgery.erase_core import Erasure, erase, preset_settings
-from concept_surgery.erase_core.formats import kohya_tensors
+from concept_surgery.erase_core.artefact.formats import kohya_tensors
 from concept_surgery.nodes.host import ComfyDenoiser
 from concept_surgery.nodes.results import ResultStore
 from concept_surgery.nodes.store import LanguageStore

@@ -11,13 +11,13 @@ import pytest
 import torch
 from comfy import sd1_clip, sdxl_clip
 from comfy.text_encoders import flux, pixart_t5, sd2_clip, sd3_clip
-from concept_surgery.erase_core import families
-from concept_surgery.erase_core.alignment import (
+from concept_surgery.erase_core.method.alignment import (
     STREAM_IDS,
     align_tokens,
     content_length,
     word_span,
 )
+from concept_surgery.erase_core.settings import families
 from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.host import ComfyDenoiser
 from concept_surgery.nodes.tokens import row_ids

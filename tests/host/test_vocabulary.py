@@ -28,7 +28,7 @@ from comfy.text_encoders import (
     wan,
     z_image,
 )
-from concept_surgery.erase_core.reading import spread
+from concept_surgery.erase_core.method.reading import spread
 from concept_surgery.nodes.host import ComfyDenoiser
 from concept_surgery.nodes.vocabulary import vocabulary
 

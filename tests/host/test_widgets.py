@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 from concept_surgery.erase_core import Finished, SettingsError, erase
-from concept_surgery.erase_core.prompts import prompt_pairs
-from concept_surgery.erase_core.report import report_text
+from concept_surgery.erase_core.artefact.report import report_text
+from concept_surgery.erase_core.settings.prompts import prompt_pairs
 from concept_surgery.nodes.train import TrainErasure, settings_from_widgets
 
 from ..core.toy import ToyDenoiser

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from concept_surgery.erase_core.denoiser import Denoiser, Encoded, LowRankEdit
-from concept_surgery.erase_core.states import check_finite, euler_step
+from concept_surgery.erase_core.model.denoiser import Denoiser, Encoded, LowRankEdit
+from concept_surgery.erase_core.run.states import check_finite, euler_step
 from torch import Tensor
 
 from benchmarks.erasure.cases import Case

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from concept_surgery.erase_core.denoiser import Denoiser, Encoded
-from concept_surgery.erase_core.measure import CountedDenoiser
+from concept_surgery.erase_core.model.denoiser import Denoiser, Encoded
+from concept_surgery.erase_core.run.measure import CountedDenoiser
 from torch import Tensor
 
 from benchmarks.erasure.cases import Case

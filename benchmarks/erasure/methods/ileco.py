@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from concept_surgery.erase_core.denoiser import Denoiser
+from concept_surgery.erase_core.model.denoiser import Denoiser
 
 from benchmarks.erasure.cases import Case
 from benchmarks.erasure.methods.base import Lora, Method, Outcome, in_turn, predict_eps

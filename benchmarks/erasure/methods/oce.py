@@ -25,8 +25,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from concept_surgery.erase_core.denoiser import Denoiser, LowRankEdit
-from concept_surgery.erase_core.reading import plain_captions
+from concept_surgery.erase_core.method.reading import plain_captions
+from concept_surgery.erase_core.model.denoiser import Denoiser, LowRankEdit
 from torch import Tensor
 
 from benchmarks.erasure.cases import Case

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from concept_surgery.erase_core import EraseSettings, erase, preset_settings
-from concept_surgery.erase_core.denoiser import Denoiser
+from concept_surgery.erase_core.model.denoiser import Denoiser
 from concept_surgery.nodes.store import LanguageStore
 
 from benchmarks.erasure.cases import Case

@@ -12,17 +12,17 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from concept_surgery.erase_core.denoiser import Denoiser
-from concept_surgery.erase_core.prompts import prompt_pairs
-from concept_surgery.erase_core.settings import EraseSettings
-from concept_surgery.erase_core.texts import Concept
+from concept_surgery.erase_core.model.denoiser import Denoiser
+from concept_surgery.erase_core.settings.prompts import prompt_pairs
+from concept_surgery.erase_core.settings.settings import EraseSettings
+from concept_surgery.erase_core.settings.texts import Concept
 
 from benchmarks.erasure.cases import Case
 from benchmarks.erasure.methods import ileco, speed, uce
 from benchmarks.erasure.methods.base import Method, Outcome
 
 # What of the engine decides a result: which prompts it pairs.
-PAIRING = ("../../../erase_core/prompts.py", "../../../erase_core/settings.py")
+PAIRING = ("../../../erase_core/settings/prompts.py", "../../../erase_core/settings/settings.py")
 
 
 class PhrasedCase(Case):

@@ -11,10 +11,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from concept_surgery.erase_core import engine
-from concept_surgery.erase_core.closed_form import EditRegression
-from concept_surgery.erase_core.denoiser import Denoiser
-from concept_surgery.erase_core.subspace import ExactSet, KeptPrompt
+from concept_surgery.erase_core.method.closed_form import EditRegression
+from concept_surgery.erase_core.method.subspace import ExactSet, KeptPrompt
+from concept_surgery.erase_core.model.denoiser import Denoiser
+from concept_surgery.erase_core.run import engine
 from torch import Tensor
 
 from benchmarks.erasure.cases import Case

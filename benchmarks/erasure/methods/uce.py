@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from concept_surgery.erase_core.denoiser import Denoiser, LowRankEdit
+from concept_surgery.erase_core.model.denoiser import Denoiser, LowRankEdit
 from torch import Tensor
 
 from benchmarks.erasure.cases import Case

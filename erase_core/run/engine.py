@@ -9,27 +9,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .already import refuse_already_erased
+from ..artefact.erasure import Erasure
+from ..artefact.identity import USE_IF_THERE, result_key, stored_result
+from ..artefact.record import NOT_NEEDED, TRAINED, WORSE
+from ..method.already import refuse_already_erased
+from ..method.closed_form import ClosedForm, EditRegression
+from ..method.collateral import Others
+from ..method.encoded import EncodedPrompts, encode_prompts
+from ..method.language import second_moment, shrunk
+from ..method.pooled import POOLED_PROMPTS, POOLED_SHRINKAGE, PooledEdit, as_tokens, solve_pooled
+from ..method.protection import AIM, LEAST_MOVED, RUIN, Choice
+from ..method.reading import Reading, choose_reading, naming, plain_captions, spread
+from ..method.subspace import ExactSet, KeptPrompt, SubspaceError, exact_set
+from ..model.denoiser import Denoiser, Encoded, LowRankEdit
+from ..settings.families import by_name
+from ..settings.layers import reads_prompt
+from ..settings.settings import EraseSettings
+from ..settings.texts import SettingsError
+from ..version import VERSION
 from .checks import UNNAMED_PROMPTS, Checks
-from .closed_form import ClosedForm, EditRegression
-from .collateral import Others
-from .denoiser import Denoiser, Encoded, LowRankEdit
-from .encoded import EncodedPrompts, encode_prompts
-from .erasure import Erasure
-from .families import by_name
-from .identity import USE_IF_THERE, result_key, stored_result
-from .language import second_moment, shrunk
-from .layers import reads_prompt
 from .plan import TRIAL_TRAJECTORIES
-from .pooled import POOLED_PROMPTS, POOLED_SHRINKAGE, PooledEdit, as_tokens, solve_pooled
-from .protection import AIM, LEAST_MOVED, RUIN, Choice
-from .reading import Reading, choose_reading, naming, plain_captions, spread
-from .record import NOT_NEEDED, TRAINED, VERSION, WORSE
 from .run import Progress, Run
-from .settings import EraseSettings
 from .states import States
-from .subspace import ExactSet, KeptPrompt, SubspaceError, exact_set
-from .texts import SettingsError
 from .trainer import Pool, Ridge, SurgeryTrainer
 
 # Weight of the alternative's and the approximate keep prompts' own second moment beside that of

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .closed_form import Metric
-from .collateral import Others, WordChanges, together
-from .denoiser import Denoiser
+from ..method.closed_form import Metric
+from ..method.collateral import Others, WordChanges, together
+from ..method.language import WITNESS_ROWS, Language, Words, read_language, second_moment
+from ..method.reading import Reading, choose_reading, naming, plain_captions
+from ..model.denoiser import Denoiser
+from ..settings.families import by_name
+from ..settings.layers import reads_prompt
+from ..settings.prompts import name_of, prompt_pairs
+from ..settings.settings import EraseSettings, preset_settings
+from ..settings.texts import KINDS, Concept, SettingsError, same_text
 from .erasure import Erasure
-from .families import by_name
-from .language import WITNESS_ROWS, Language, Words, read_language, second_moment
-from .layers import reads_prompt
-from .prompts import name_of, prompt_pairs
-from .reading import Reading, choose_reading, naming, plain_captions
-from .settings import EraseSettings, preset_settings
-from .texts import KINDS, Concept, SettingsError, same_text
 
 TAGS = "tags"
 # What a run that solves everything anew takes from the erasures: of these the largest that one of

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..model.denoiser import Encoded, LowRankEdit
 from .closed_form import ClosedForm, EditRegression, TokenEdit
-from .denoiser import Encoded, LowRankEdit
 from .encoded import EncodedPrompts
 from .protection import RIDGES, Choice, strongest_that_moves
 from .subspace import extend_basis

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .digest import content_hash
-from .families import SD2, SD2_V, by_name
+from ..files.digest import content_hash
+from ..settings.families import SD2, SD2_V, by_name
+from ..settings.settings import PRESETS, SOFT_PRESETS, preset_settings
 from .record import read_record
-from .settings import PRESETS, SOFT_PRESETS, preset_settings
 
 RECORD_KEY = "concept_surgery"
 # The first is of the record and of the tensors with their names; files of version 0.7.0 and older

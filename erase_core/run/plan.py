@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from ..method.protection import MOST_TRIES
+from ..settings.settings import EraseSettings
 from .checks import planned_checks
 from .measure import PLAIN_GRADIENT
-from .protection import MOST_TRIES
-from .settings import EraseSettings
 
 # States on which a protection is tried, and the early stop is decided: few, since they are only
 # compared with each other.

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..files.digest import Digest
+from ..model.denoiser import Denoiser, Encoded
+from ..version import VERSION
 from .alignment import word_span
-from .denoiser import Denoiser, Encoded
-from .digest import Digest
 from .reading import Reading, naming, plain_captions, spread, unknown_token, words_of
-from .record import VERSION
 
 ENCODE_BATCH = 16
 PROBE_CAPTIONS = 4

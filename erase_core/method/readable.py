@@ -8,10 +8,10 @@ from typing import Protocol
 
 import torch
 
+from ..model.denoiser import Encoded
+from ..settings.prompts import PromptPair
+from ..settings.settings import EraseSettings, SettingsError
 from .alignment import STREAM_IDS, VECTOR_IDS
-from .denoiser import Encoded
-from .prompts import PromptPair
-from .settings import EraseSettings, SettingsError
 from .subspace import NOT_FINITE, SubspaceError
 
 # How a prompt of ComfyUI calls a textual inversion. Other hosts read that as words.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..run.checks import GUIDANCE, PREDICTION
+from ..settings.families import by_name
 from .cautions import guidance_change, harm_grade
-from .checks import GUIDANCE, PREDICTION
-from .families import by_name
 from .formats import concept_list
 from .record import NO_HELP, NOT_NEEDED
 

@@ -14,25 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import Recompute
-from .cautions import harm_warnings, training_warnings, unknown_warnings
+from ..artefact.cautions import harm_warnings, training_warnings, unknown_warnings
+from ..artefact.record import NO_HELP, NO_TRAINING, STOPPED, TRAINED, WORSE
+from ..files.fingerprint import fingerprint
+from ..method.closed_form import ClosedForm, EditRegression
+from ..method.collateral import Others
+from ..method.encoded import EncodedPrompts
+from ..method.language import pooled_moment, read_language
+from ..method.pooled import PooledEdit
+from ..method.protection import HARM, LEAST_GAIN, RIDGES, Choice, strongest_that_moves
+from ..method.reading import Reading
+from ..method.subspace import ExactSet
+from ..model.activations import Recompute
+from ..model.denoiser import Denoiser, LowRankEdit
+from ..settings.prompts import name_of, prompt_warnings
+from ..settings.settings import EraseSettings
+from ..version import VERSION
 from .checks import checked_states, spread_over
-from .closed_form import ClosedForm, EditRegression
-from .collateral import Others
-from .denoiser import Denoiser, LowRankEdit
-from .encoded import EncodedPrompts
-from .fingerprint import fingerprint
-from .language import pooled_moment, read_language
 from .measure import CountedDenoiser, movement_on
 from .plan import STOP_EVERY, STOP_STATES, planned_cost, trajectory_counts, tried_states
-from .pooled import PooledEdit
-from .prompts import name_of, prompt_warnings
-from .protection import HARM, LEAST_GAIN, RIDGES, Choice, strongest_that_moves
-from .reading import Reading
-from .record import NO_HELP, NO_TRAINING, STOPPED, TRAINED, VERSION, WORSE
-from .settings import EraseSettings
 from .states import Sampling, States, Trajectories, draw_pairs, sample_states
-from .subspace import ExactSet
 from .trainer import DivergedError, SurgeryTrainer, TrainingError
 
 READING = "Reading ordinary language, {0[0]} of {0[1]} prompts"

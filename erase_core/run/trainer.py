@@ -12,12 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import Recompute, SavedBytes
-from .denoiser import Denoiser, Encoded, LowRankEdit
-from .gradient import check_gradient, smaller_scale
-from .guidance import SigmaWeight, guidance_term, surgery_loss, surgical_target, weighted_error
-from .memory import ADVICE, Fit, Need, advice_instead, out_of_memory
-from .settings import EraseSettings
+from ..method.guidance import (
+    SigmaWeight,
+    guidance_term,
+    surgery_loss,
+    surgical_target,
+    weighted_error,
+)
+from ..model.activations import Recompute, SavedBytes
+from ..model.denoiser import Denoiser, Encoded, LowRankEdit
+from ..model.gradient import check_gradient, smaller_scale
+from ..model.memory import ADVICE, Fit, Need, advice_instead, out_of_memory
+from ..settings.settings import EraseSettings
 from .states import EncodedPair, States
 
 WARMUP_SHARE = 0.1

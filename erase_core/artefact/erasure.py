@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import disk, formats
-from .denoiser import LowRankEdit
-from .families import by_name
+from ..files import disk
+from ..model.denoiser import LowRankEdit
+from ..settings.families import by_name
+from ..settings.texts import same_text
+from . import formats
 from .record import read_record, record_problem
-from .texts import same_text
 
 # How far the values of one change may lie apart in two places: rounding to bf16 and back is .003.
 SAME_VALUES = 0.005

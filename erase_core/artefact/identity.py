@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .digest import Digest, flat_bytes, tensor_bytes
+from ..files.digest import Digest, flat_bytes, tensor_bytes
+from ..settings.settings import EraseSettings
 from .erasure import Erasure
-from .settings import EraseSettings
 
 # What to do about a stored result, as a user chooses it.
 USE_IF_THERE, TRAIN_AGAIN, USE_ONLY = REUSE = ("use if there", "train again", "use only")

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .denoiser import Denoiser, Encoded, LowRankEdit
-from .encoded import EncodedPrompts
-from .families import by_name
-from .layers import reads_prompt
+from ..method.encoded import EncodedPrompts
+from ..method.subspace import ExactSet, leakage
+from ..model.denoiser import Denoiser, Encoded, LowRankEdit
+from ..settings.families import by_name
+from ..settings.layers import reads_prompt
+from ..settings.settings import EraseSettings
 from .measure import (
     Movement,
     guidance_drift,
@@ -23,9 +25,7 @@ from .measure import (
     pooled_leak,
     prompt_drift,
 )
-from .settings import EraseSettings
 from .states import EncodedPair, Sampling, States, draw_pairs
-from .subspace import ExactSet, leakage
 
 HELD_OUT_STATES = 18
 SAMPLED_TRAJECTORIES = 2

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser, Encoded
-from .guidance import guidance_term
+from ..method.guidance import guidance_term
+from ..model.denoiser import Denoiser, Encoded
 
 
 class PredictionError(RuntimeError):

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..settings.settings import Concept, EraseSettings
 from .closed_form import Metric, TokenEdit
 from .language import Words
-from .settings import Concept, EraseSettings
 from .subspace import SubspaceError
 
 # Of the squared distance that keys and values usually have, for how far the tokens are apart. On a

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .activations import BlockRun
-from .denoiser import Denoiser, Encoded, LowRankEdit
-from .guidance import guidance_term, moved, surgical_target, weighted_error
-from .memory import ADVICE, out_of_memory
+from ..method.guidance import guidance_term, moved, surgical_target, weighted_error
+from ..model.activations import BlockRun
+from ..model.denoiser import Denoiser, Encoded, LowRankEdit
+from ..model.memory import ADVICE, out_of_memory
 from .states import (
     EncodedPair,
     PredictionError,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from ..model.denoiser import Denoiser
+from ..settings.prompts import said, with_article
 from .alignment import word_span
-from .denoiser import Denoiser
-from .prompts import said, with_article
 
 # Words of the vocabulary that are protected, for each caption: reading both costs less than twice
 # what reading the captions alone does.
@@ -28,6 +28,7 @@ PHRASES = (
     "two people and {a}",
 )
 TAG_PHRASES = ("{}", "1girl, {}, solo", "no humans, {}, simple background", "{}, masterpiece")
+_CORE = __package__.rpartition(".")[0]  # beside whose rooms the lists lie
 _GIBBERISH = ("qzxvk", "wvjxq", "xkqzj")
 
 
@@ -157,9 +158,7 @@ def things() -> list[str]:
 
 @cache
 def _lines(name: str) -> tuple[str, ...]:
-    return tuple(
-        resources.files(__package__).joinpath(f"data/{name}").read_text("utf-8").split("\n")
-    )
+    return tuple(resources.files(_CORE).joinpath(f"data/{name}").read_text("utf-8").split("\n"))
 
 
 def _shipped(name: str) -> list[str]:

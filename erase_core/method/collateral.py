@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.denoiser import LowRankEdit
 from .closed_form import ClosedForm, Metric
-from .denoiser import LowRankEdit
 from .language import Language, Words
 
 NEAREST, MOST_CHANGED = 8, 8

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-VERSION = "0.8.0"
+from ..version import VERSION
 
 # What became of the training: there was none, the closed form moved far enough, a few steps didn't
 # help, the caller stopped those, it was run, or it ended worse than it began.

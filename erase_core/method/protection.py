@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from ..run.measure import Movement
 from .closed_form import ClosedForm, EditRegression
 from .collateral import NO_WORDS, Others, WordChanges
-from .measure import Movement
 
 RIDGES = (
     *(300.0, 170.0, 100.0, 55.0, 30.0, 17.0, 10.0, 5.5, 3.0, 1.7, 1.0, 0.55, 0.3, 0.17),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .language import MOSTLY_UNKNOWN
-from .protection import HARM, RUIN
+from ..method.language import MOSTLY_UNKNOWN
+from ..method.protection import HARM, RUIN
+from ..settings.settings import EraseSettings
 from .record import WORSE
-from .settings import EraseSettings
 
 # The same for the guidance, which changes by more than keys and values do.
 GUIDANCE_HARM, GUIDANCE_RUIN = 0.4, 1.0

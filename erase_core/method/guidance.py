@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .settings import NULL_SCORES, WEIGHTINGS
+from ..settings.settings import NULL_SCORES, WEIGHTINGS
 
 SIGMA_FLOOR = 0.02
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..model.denoiser import Denoiser, Encoded
+from ..run.states import EncodedPair
+from ..settings.prompts import PromptPair, prompt_pairs, with_article
+from ..settings.settings import EraseSettings
 from .alignment import align_tokens, content_length, word_span
 from .closed_form import TokenEdit
-from .denoiser import Denoiser, Encoded
-from .prompts import PromptPair, prompt_pairs, with_article
 from .readable import check_named, check_phrases
-from .settings import EraseSettings
-from .states import EncodedPair
 
 
 @dataclass(frozen=True)

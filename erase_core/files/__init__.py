@@ -1,0 +1,1 @@
+"""What lies on disk: whole files, names that every system takes, hashes."""

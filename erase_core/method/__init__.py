@@ -1,0 +1,1 @@
+"""The mathematics: guidance, subspace, closed form, protection, and the language they need."""

@@ -1,0 +1,1 @@
+"""What is asked of a host's model, and what rides on its forward and backward."""

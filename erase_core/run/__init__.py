@@ -1,0 +1,1 @@
+"""One run: states, training and measuring, from settings to artefact."""

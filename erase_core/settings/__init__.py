@@ -1,0 +1,1 @@
+"""What was asked for: validated settings, the texts in them, model families, layers."""
