@@ -86,11 +86,11 @@ def trained(model, clip) -> Erasure:
     )
     with torch.inference_mode(False), torch.enable_grad():
         with ComfyDenoiser(model, clip, "tiny", 6, 64) as denoiser:
-            *_, last = erase(settings, denoiser)
-    (kept,) = last.erasure.record["measures"]["kept"]
+            last = erase(settings, denoiser)
+    (kept,) = last.record["measures"]["kept"]
     if not kept["exact"]:
         raise RuntimeError("The kept prompt did not become exact; the figures would mean nothing.")
-    return last.erasure
+    return last
 
 
 def predict(model, tokens: Tensor, sigma: float) -> tuple[Tensor, list[Tensor]]:

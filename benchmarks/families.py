@@ -22,7 +22,7 @@ import comfy.model_patcher  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
 from concept_surgery.erase_core.artefact.formats import kohya_tensors  # noqa: E402
-from concept_surgery.erase_core.run.engine import PLAIN_CAPTIONS  # noqa: E402
+from concept_surgery.erase_core.run.erase import PLAIN_CAPTIONS  # noqa: E402
 from concept_surgery.erase_core.run.plan import planned_cost  # noqa: E402
 from concept_surgery.erase_core.settings.layers import reads_prompt  # noqa: E402
 from concept_surgery.erase_core.settings.settings import EraseSettings, preset_settings  # noqa: E402

@@ -124,8 +124,8 @@ def measure(name: str, preset: str) -> dict[str, Any]:
         before = picture(model, negative, negative, side)
     with used() as training:
         finished, stages = train(model, clip, settings)
-    record = finished.erasure.record
-    merged, exact = (apply_erasure(model, finished.erasure, 1.0, mode) for mode in MODES)
+    record = finished.record
+    merged, exact = (apply_erasure(model, finished, 1.0, mode) for mode in MODES)
     return {
         "model": name,
         "preset": preset,

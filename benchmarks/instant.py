@@ -22,13 +22,13 @@ use_host()
 load_pack()
 
 import torch  # noqa: E402
-from concept_surgery.erase_core.method.closed_form import EditRegression, TokenEdit  # noqa: E402
+from concept_surgery.erase_core.method.closed_form import EditRegression, TokenTargets  # noqa: E402
 from concept_surgery.erase_core.method.encoded import EncodedPrompts  # noqa: E402
 from concept_surgery.erase_core.method.language import shrunk  # noqa: E402
 from concept_surgery.erase_core.method.pooled import POOLED_SHRINKAGE, solve_pooled  # noqa: E402
 from concept_surgery.erase_core.method.protection import strongest_that_moves  # noqa: E402
 from concept_surgery.erase_core.method.subspace import exact_set, leakage  # noqa: E402
-from concept_surgery.erase_core.model.denoiser import Encoded  # noqa: E402
+from concept_surgery.erase_core.model.prompt import Encoded  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "instant.json"
 THREADS, TOKENS, TEMPLATES, RANK = 1, 77, 12, 16
@@ -49,7 +49,7 @@ def matrices(rows: list[int], width: int) -> dict[str, torch.Tensor]:
     }
 
 
-def edits(count: int, width: int, tokens: int = TOKENS) -> tuple[list[TokenEdit], torch.Tensor]:
+def edits(count: int, width: int, tokens: int = TOKENS) -> tuple[list[TokenTargets], torch.Tensor]:
     """Concepts and the null prompt: all prompts share a part at each position, as in CLIP."""
     generator = torch.Generator().manual_seed(1)
     null = torch.randn(tokens, width, generator=generator)
@@ -59,7 +59,7 @@ def edits(count: int, width: int, tokens: int = TOKENS) -> tuple[list[TokenEdit]
         context = torch.rand(2, TEMPLATES * tokens, 1, generator=generator)
         shared = null.repeat(TEMPLATES, 1)
         own = 0.2 * torch.randn(2, TEMPLATES * tokens, width, generator=generator)
-        prompts.append(TokenEdit(*(shared + context * word + own)))
+        prompts.append(TokenTargets(*(shared + context * word + own)))
     return prompts, null
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
 from torch import Tensor
 
 

@@ -25,8 +25,10 @@ import comfy.model_patcher  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
 from concept_surgery.erase_core import erase, preset_settings  # noqa: E402
-from concept_surgery.erase_core.model.denoiser import Encoded, LowRankEdit  # noqa: E402
-from concept_surgery.erase_core.run.states import EncodedPair, States  # noqa: E402
+from concept_surgery.erase_core.method.encoded import EncodedPair  # noqa: E402
+from concept_surgery.erase_core.model.low_rank import LowRankEdit  # noqa: E402
+from concept_surgery.erase_core.model.prompt import Encoded  # noqa: E402
+from concept_surgery.erase_core.run.states import States  # noqa: E402
 from concept_surgery.erase_core.run.trainer import Pool, Ridge, SurgeryTrainer  # noqa: E402
 from concept_surgery.nodes.host import ComfyDenoiser  # noqa: E402
 
@@ -169,8 +171,8 @@ def balanced_cost() -> int:
         "balanced", concepts="cat => dog", keep=("tiger",), resolution=64, captions=24
     )
     with torch.inference_mode(False), ComfyDenoiser(model, clip, "", 6, 64) as denoiser:
-        *_, last = erase(settings, denoiser)
-    return last.erasure.record["forward_equivalents"]
+        last = erase(settings, denoiser)
+    return last.record["forward_equivalents"]
 
 
 def main() -> None:

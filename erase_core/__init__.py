@@ -3,21 +3,22 @@
 from .artefact.erasure import Erasure, ErasureFileError
 from .artefact.report import report_text
 from .method.subspace import SubspaceError
+from .model.denoiser import Denoiser
 from .model.gradient import GradientError
-from .run.engine import Finished, Progress, erase
-from .run.states import PredictionError
-from .run.trainer import TrainingError
+from .run.erase import erase
+from .run.meter import Meter, PredictionError, Progress, TrainingError
 from .settings.settings import PRESETS, EraseSettings, preset_settings
 from .settings.texts import KINDS, SettingsError
 
 __all__ = [
     "KINDS",
     "PRESETS",
+    "Denoiser",
     "EraseSettings",
     "Erasure",
     "ErasureFileError",
-    "Finished",
     "GradientError",
+    "Meter",
     "PredictionError",
     "Progress",
     "SettingsError",

@@ -8,7 +8,7 @@ from typing import Any
 import comfy.model_management
 import torch
 
-from ..erase_core.model.denoiser import Encoded
+from ..erase_core.model.prompt import Encoded
 from .families import UnsupportedModelError
 
 

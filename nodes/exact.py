@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..erase_core import Erasure
-from ..erase_core.model.denoiser import LowRankEdit, Projections
+from ..erase_core.model.low_rank import LowRankEdit, Projections, side_path_hook
 
 WRAPPER_TYPE = "apply_model"  # the host's WrappersMP.APPLY_MODEL, in every host that has wrappers
 WRAPPER_KEY = "concept_surgery_exact:"
@@ -72,17 +72,9 @@ class SidePath:
             stack.enter_context(_uncompiled())
             for name, key in self._keys.items():
                 layer = _layer(executor.class_obj, key)
-                hook = self._hook(name, projections)
+                hook = side_path_hook(name, lambda device: (self.on(device), projections))
                 stack.callback(layer.register_forward_hook(hook).remove)
             return executor(x, t, c_concat, c_crossattn, *others, **keywords)
-
-    def _hook(self, name: str, projections: Projections) -> Callable[..., Tensor]:
-        def add(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            edit = self.on(output.device)
-            projected = projections.project(inputs[0], edit.bases[name])
-            return (output + projected @ edit.factors[name].T).to(output.dtype)
-
-        return add
 
     def on(self, device: torch.device) -> LowRankEdit:
         """The edit, strength included, on a device; moved there once."""

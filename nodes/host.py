@@ -16,13 +16,9 @@ from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
 from ..erase_core.model.activations import BlockRun
-from ..erase_core.model.denoiser import (
-    Encoded,
-    LowRankEdit,
-    LowRankSidePath,
-    stack_pooled,
-    stack_tokens,
-)
+from ..erase_core.model.denoiser import Denoiser
+from ..erase_core.model.low_rank import LowRankEdit, LowRankSidePath
+from ..erase_core.model.prompt import Encoded, stack_pooled, stack_tokens
 from .blocks import blocks_run_by
 from .encoding import encode_prompts, refuse_hooks
 from .exact import WRAPPER_TYPE, is_side_path, side_paths
@@ -46,8 +42,8 @@ from .vocabulary import vocabulary
 TRAINING_MEMORY_FACTOR = 3
 
 
-class ComfyDenoiser:
-    """The host's MODEL and CLIP, fulfilling :class:`erase_core.model.denoiser.Denoiser`.
+class ComfyDenoiser(Denoiser):
+    """The host's MODEL and CLIP as the engine's denoiser.
 
     The model's module is never touched: the denoiser runs a twin of it whose parameters lie over
     the host's storage, so there is one copy of the weights. Use as a context manager, which lets
@@ -209,12 +205,12 @@ class ComfyDenoiser:
         yield from self._twin.parameters()
         yield from self._twin.buffers()
 
-    def room(self, needed: int) -> int:
+    def free_memory(self, wanted: int) -> int:
         """See :class:`erase_core.model.denoiser.Denoiser`. The host moves other models away."""
         management = comfy.model_management
         own = management.LoadedModel(self._model)
         with _host_moves_weights():
-            management.free_memory(needed, self.device, keep_loaded=[own])
+            management.free_memory(wanted, self.device, keep_loaded=[own])
         return management.get_free_memory(self.device)
 
     def _by_length(

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from ..erase_core.model.denoiser import Encoded
+from ..erase_core.model.prompt import Encoded
 from ..erase_core.settings import families
 from ..erase_core.settings.families import Family
 from ..erase_core.settings.layers import ENTRANCES, reads_prompt

@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from ..erase_core import KINDS, PRESETS, EraseSettings, Finished, preset_settings
+from ..erase_core import KINDS, PRESETS, EraseSettings, Erasure, preset_settings
 from ..erase_core.artefact.identity import REUSE, USE_IF_THERE
 from ..erase_core.settings.families import Family, generic
 from ..erase_core.settings.layers import LAYER_RULES
@@ -104,9 +104,9 @@ class TrainErasure(io.ComfyNode):
         refuse_without_clip(clip)
         settings = settings_from_widgets(widgets, trainable_family(model))
         reuse = widgets.get("stored_result", USE_IF_THERE)
-        finished = run_to_end(model, clip, settings, cls.hidden, reuse)
-        report = report_of(finished, model, cls.hidden.unique_id)
-        return io.NodeOutput(finished.erasure, {"loss": _loss_curve(finished)}, report)
+        erasure, stored = run_to_end(model, clip, settings, cls.hidden, reuse)
+        report = report_of(erasure, stored, model, cls.hidden.unique_id)
+        return io.NodeOutput(erasure, {"loss": _loss_curve(erasure)}, report)
 
 
 def settings_from_widgets(
@@ -163,20 +163,20 @@ def _is(standing_in: int | str, value: Any) -> bool:
     return isinstance(value, int | float | str) and value == standing_in
 
 
-def _loss_curve(finished: Finished) -> list[float]:
+def _loss_curve(erasure: Erasure) -> list[float]:
     """At least two values that differ, which the host's plot node needs.
 
     It begins with 1, nothing moved, and ends with the loss on held-out states, or where nothing
     was sampled with that of keys and values.
     """
-    record = finished.erasure.record
+    record = erasure.record
     held_out = record["measures"]["moved_held_out"]
     moved = (
         held_out["overall"]
         if held_out
         else min(concept["keys_and_values_moved"] for concept in record["concepts"])
     )
-    return [1.0, *finished.losses, 1 - moved]
+    return [1.0, *record["losses"], 1 - moved]
 
 
 def _main_inputs() -> list[Any]:

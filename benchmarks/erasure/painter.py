@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.samplers import calculate_sigmas
-from concept_surgery.erase_core.model.denoiser import Encoded, LowRankEdit
-from concept_surgery.erase_core.run.measure import CountedDenoiser
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
+from concept_surgery.erase_core.model.prompt import Encoded
 from concept_surgery.nodes.host import ComfyDenoiser, encode_prompts, trained_keys, twin_of
 from torch import Tensor
 
+from benchmarks.counted import CountedDenoiser
 from tools.environment import BUILD
 
 FOLDER = BUILD / "erasure"

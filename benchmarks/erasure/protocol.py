@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
 
 from benchmarks.emoji.data import SIZE, load_pictures, render, training_pictures
 from benchmarks.emoji.words import OBJECT_NAMES, STYLE_NAMES

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from concept_surgery.erase_core.model.denoiser import Denoiser, Encoded, LowRankEdit
+from concept_surgery.erase_core.model.denoiser import Denoiser
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
+from concept_surgery.erase_core.model.prompt import Encoded
 from torch import Tensor
 
 from benchmarks.emoji.data import SIZE, load_pictures, render

@@ -9,12 +9,9 @@ import psutil
 import torch
 from concept_surgery.erase_core.files.fingerprint import fingerprint
 from concept_surgery.erase_core.model.activations import BlockRun
-from concept_surgery.erase_core.model.denoiser import (
-    Encoded,
-    LowRankEdit,
-    LowRankSidePath,
-    stack_tokens,
-)
+from concept_surgery.erase_core.model.denoiser import Denoiser
+from concept_surgery.erase_core.model.low_rank import LowRankEdit, LowRankSidePath
+from concept_surgery.erase_core.model.prompt import Encoded, stack_tokens
 from concept_surgery.erase_core.settings.layers import matching
 from torch import Tensor, nn
 
@@ -57,8 +54,8 @@ class Encoder:
         return [self._known[text] if text in self._known else found[text] for text in texts]
 
 
-class IconsDenoiser:
-    """Fulfils ``erase_core.model.denoiser.Denoiser``. Use as a context manager.
+class IconsDenoiser(Denoiser):
+    """The icons model as the engine sees it. Use as a context manager.
 
     The family's name is that of the models with one text encoder and keys and values that read
     nothing but its tokens, which is what this one is.
@@ -173,6 +170,6 @@ class IconsDenoiser:
         yield from self._network.parameters()
         yield from self._network.buffers()
 
-    def room(self, needed: int) -> int:
+    def free_memory(self, wanted: int) -> int:
         """See the protocol."""
         return psutil.virtual_memory().available

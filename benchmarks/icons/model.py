@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
 from torch import Tensor
 
 from benchmarks.icons.build import WEIGHTS, packed_network

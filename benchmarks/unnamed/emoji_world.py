@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.samplers import calculate_sigmas
-from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
 from concept_surgery.nodes.host import trained_keys
 from torch import Tensor
 

@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from concept_surgery.erase_core.model.denoiser import LowRankEdit
-from concept_surgery.erase_core.run.measure import CountedDenoiser
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
 from torch import Tensor
 
+from benchmarks.counted import CountedDenoiser
 from benchmarks.icons.classifier import COMMITTED, classify, load_judge
 from benchmarks.icons.denoiser import linear_layers
 from benchmarks.icons.model import IconsModel

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from concept_surgery.erase_core import erase, preset_settings
 from concept_surgery.erase_core.method.alignment import word_span
-from concept_surgery.erase_core.method.reading import plain_captions, spread
-from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.method.reading import evenly_spaced, plain_captions
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
 from concept_surgery.erase_core.settings.prompts import prompt_pairs
 from concept_surgery.erase_core.settings.settings import EraseSettings
 from concept_surgery.erase_core.settings.texts import Concept
@@ -60,8 +60,8 @@ def _ours(world: World, denoiser: Any, case: Case, settings: Mapping[str, Any]) 
     wanted = preset_settings(
         concepts=case.text, kind=case.kind, seed=SEED, resolution=RESOLUTION, **settings
     )
-    *_, last = erase(wanted, denoiser, _language())
-    return last.erasure.edit(), noted(last.erasure.record)
+    last = erase(wanted, denoiser, _language())
+    return last.edit(), noted(last.record)
 
 
 def _one_by_one(world: World, denoiser: Any, case: Case, settings: Mapping[str, Any]) -> Trained:
@@ -182,7 +182,7 @@ def words_to_retain(denoiser: Any) -> list[str]:
     """As many words of the plain captions as SPEED takes, all of them known to the encoder."""
     known = set(denoiser.vocabulary())
     words = {w for line in plain_captions() for w in re.findall("[a-z]{3,}", line.lower())}
-    return spread(sorted(words & known), speed.WORDS)
+    return evenly_spaced(sorted(words & known), speed.WORDS)
 
 
 def caption_moment(world: World, denoiser: Any, folder: Path = WORK) -> Tensor:

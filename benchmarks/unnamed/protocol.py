@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from concept_surgery.erase_core.method.reading import plain_captions
-from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
 from concept_surgery.erase_core.settings.prompts import with_article
 from torch import Tensor
 

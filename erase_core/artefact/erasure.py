@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..files import disk
-from ..model.denoiser import LowRankEdit
+from ..model.low_rank import LowRankEdit
 from ..settings.families import by_name
 from ..settings.texts import same_text
 from . import formats

@@ -15,6 +15,9 @@ from ..version import VERSION
 NO_TRAINING, NOT_NEEDED, NO_HELP = "none", "not needed", "no help"
 STOPPED, TRAINED, WORSE = "stopped", "trained", "worse"
 
+# What drifts and the change of unnamed words are of.
+PREDICTION, KEYS_AND_VALUES, GUIDANCE = "prediction", "keys and values", "guidance"
+
 LONGEST_INTEGER = 20  # digits: as many as the largest seed has
 DEEPEST = 32  # lists and mappings in one another; a record has five
 _VERSION = re.compile(r"[\w.+-]{1,40}")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..run.checks import GUIDANCE, PREDICTION
 from ..settings.families import by_name
 from .cautions import guidance_change, harm_grade
 from .formats import concept_list
-from .record import NO_HELP, NOT_NEEDED
+from .record import GUIDANCE, NO_HELP, NOT_NEEDED, PREDICTION
 
 # Below this share of the way traces may remain.
 TRACES = 0.8

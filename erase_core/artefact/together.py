@@ -17,8 +17,15 @@ from torch import Tensor
 
 from ..method.closed_form import Metric
 from ..method.collateral import Others, WordChanges, together
-from ..method.language import WITNESS_ROWS, Language, Words, read_language, second_moment
-from ..method.reading import Reading, choose_reading, naming, plain_captions
+from ..method.language import (
+    WITNESS_ROWS,
+    Language,
+    Words,
+    is_read,
+    read_language,
+    second_moment,
+)
+from ..method.reading import Reading, choose_reading, plain_captions, those_naming
 from ..model.denoiser import Denoiser
 from ..settings.families import by_name
 from ..settings.layers import reads_prompt
@@ -141,13 +148,8 @@ def _language(
 ) -> Language:
     """Ordinary language from the cache, or only its held-out words."""
     reading = choose_reading(denoiser, plain_captions(captions), kind)
-    if cache:
-        stage = read_language(denoiser, reading, cache)
-        try:
-            next(stage)  # it stops only where it has something to read
-        except StopIteration as end:
-            return end.value
-        stage.close()
+    if cache and is_read(denoiser, reading, cache):
+        return read_language(denoiser, reading, cache)
     return _witnesses(denoiser, reading)
 
 
@@ -284,7 +286,7 @@ def _erased_by_others(text: str, records: Sequence[Mapping[str, Any]]) -> list[s
     named, allowed = [], set()
     for record in records:
         concepts = [
-            c.text for c in _concepts_of(record) if naming([text], [name_of(c.text, c.kind)])
+            c.text for c in _concepts_of(record) if those_naming([text], [name_of(c.text, c.kind)])
         ]
         named += concepts
         if any(same_text(text, own) for own in _texts([record], "keep")):

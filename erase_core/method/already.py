@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..settings.settings import Concept, EraseSettings
-from .closed_form import Metric, TokenEdit
+from .closed_form import Metric, TokenTargets
 from .language import Words
 from .subspace import SubspaceError
 
@@ -23,7 +23,7 @@ NOTHING = "nothing in particular"
 
 
 def refuse_already_erased(
-    settings: EraseSettings, edits: Sequence[TokenEdit], metric: Metric, words: Words
+    settings: EraseSettings, edits: Sequence[TokenTargets], metric: Metric, words: Words
 ) -> None:
     """End a run on a model that does already what is asked for.
 
@@ -48,7 +48,7 @@ def refuse_already_erased(
         raise SubspaceError(_already(erased))
 
 
-def told_apart(edit: TokenEdit, metric: Metric, words: Words) -> float:
+def told_apart(edit: TokenTargets, metric: Metric, words: Words) -> float:
     """How far apart the model holds a concept and its target, 1 for as far as is usual.
 
     Squared distance of keys and values over that of the tokens, in shares of what it is between

@@ -33,7 +33,7 @@ REAL_DIRECTION = 1e-6
 
 
 @dataclass(frozen=True)
-class TokenEdit:
+class TokenTargets:
     """What the tokens of one concept's prompts must become to keys and values.
 
     Attributes:
@@ -99,7 +99,7 @@ class EditRegression:
 
     def __init__(
         self,
-        edits: Sequence[TokenEdit],
+        edits: Sequence[TokenTargets],
         exact: Tensor,
         moment: Tensor,
         matrices: Mapping[str, Tensor],
@@ -121,7 +121,7 @@ class EditRegression:
         for index, edit in enumerate(edits):
             self._take_in(index, edit)
 
-    def _take_in(self, index: int, edit: TokenEdit) -> None:
+    def _take_in(self, index: int, edit: TokenTargets) -> None:
         """Add a concept's second moment to the system, and keep what is needed of it alone."""
         seen, change = self._beside_exact(edit.source.double()), edit.change.float()
         second = seen.T @ seen / len(seen)
@@ -171,7 +171,7 @@ class EditRegression:
         return (rows @ whiten).mT
 
     def _best_within(
-        self, edit: TokenEdit, space: Tensor, inner: Tensor, rank: int
+        self, edit: TokenTargets, space: Tensor, inner: Tensor, rank: int
     ) -> tuple[Tensor, Tensor]:
         """R (width, at most rank) and A (width, same) of one concept, best within a space."""
         space = self._beside_exact(space.T).T

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.denoiser import LowRankEdit
+from ..model.low_rank import LowRankEdit
 from .closed_form import ClosedForm, Metric
 from .language import Language, Words
 

@@ -8,13 +8,25 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..model.denoiser import Denoiser, Encoded
-from ..run.states import EncodedPair
+from ..model.denoiser import Denoiser
+from ..model.prompt import Encoded
 from ..settings.prompts import PromptPair, prompt_pairs, with_article
 from ..settings.settings import EraseSettings
 from .alignment import align_tokens, content_length, word_span
-from .closed_form import TokenEdit
+from .closed_form import TokenTargets
 from .readable import check_named, check_phrases
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A prompt with the concept and its alternative.
+
+    ``concept`` is the place of the concept in the settings.
+    """
+
+    erased: Encoded
+    alternative: Encoded
+    concept: int = 0
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,7 @@ class EncodedPrompts:
 
     Attributes:
         pairs: the prompt pairs of all concepts.
-        edits: for each concept, its tokens and what must take their place.
+        targets: for each concept, its tokens and what they must become.
         null: the null prompt.
         negatives: the negative prompts.
         keep: the keep prompts with their texts, most important first.
@@ -35,7 +47,7 @@ class EncodedPrompts:
     """
 
     pairs: list[EncodedPair]
-    edits: list[TokenEdit]
+    targets: list[TokenTargets]
     null: Encoded
     negatives: list[Encoded]
     keep: list[tuple[str, Encoded]]
@@ -74,8 +86,8 @@ def encode_prompts(settings: EraseSettings, denoiser: Denoiser) -> EncodedPrompt
             EncodedPair(texts.encoded[one.erased], texts.encoded[one.alternative], one.concept)
             for one in asked
         ],
-        edits=[
-            _edit([one for one in asked if one.concept == concept], texts, settings.eta)
+        targets=[
+            _targets([one for one in asked if one.concept == concept], texts, settings.eta)
             for concept in range(len(settings.concepts))
         ],
         null=texts.encoded[""],
@@ -157,13 +169,13 @@ class _Asked:
         return [text for text in every if text]
 
 
-def _edit(asked: Sequence[_Asked], texts: _Texts, eta: float) -> TokenEdit:
+def _targets(asked: Sequence[_Asked], texts: _Texts, eta: float) -> TokenTargets:
     sources = [texts.rows(one.erased) for one in asked]
     targets = [_target(one, texts) for one in asked]
     source, target = torch.cat(sources), torch.cat(targets)
     # As for the guidance (``guidance.surgical_target``): beyond the alternative, away from the
     # concept.
-    return TokenEdit(source, target + eta * (target - source))
+    return TokenTargets(source, target + eta * (target - source))
 
 
 def _target(one: _Asked, texts: _Texts) -> Tensor:

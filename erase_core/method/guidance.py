@@ -10,6 +10,7 @@ losses is not public, ours is stated at :func:`surgery_loss`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +18,25 @@ from torch import Tensor
 from ..settings.settings import NULL_SCORES, WEIGHTINGS
 
 SIGMA_FLOOR = 0.02
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How far the guidance term of the erased prompts went, 1 being all the way.
+
+    Attributes:
+        overall: over all states.
+        concepts: over the states of each concept.
+        high, middle, low: over the third of the states with the highest noise, and so on.
+        erased_change: ``|eps_th(e) - eps*(e)| / |eps*(e)|``, the yardstick for every drift.
+    """
+
+    overall: float
+    concepts: list[float]
+    high: float
+    middle: float
+    low: float
+    erased_change: float
 
 
 def guidance_term(x0_null: Tensor, x0_prompt: Tensor, sigma: Tensor) -> Tensor:

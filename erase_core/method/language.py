@@ -9,17 +9,25 @@ words that are not in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..files.digest import Digest
-from ..model.denoiser import Denoiser, Encoded
+from ..model.denoiser import Denoiser
+from ..model.prompt import TOKENS, Encoded
 from ..version import VERSION
 from .alignment import word_span
-from .reading import Reading, naming, plain_captions, spread, unknown_token, words_of
+from .reading import (
+    Reading,
+    evenly_spaced,
+    plain_captions,
+    those_naming,
+    unknown_token,
+    words_of,
+)
 
 ENCODE_BATCH = 16
 PROBE_CAPTIONS = 4
@@ -32,6 +40,13 @@ WITNESS_ROWS = 24
 SHRINKAGE = 0.01
 # From this share on, a person is told that the captions are mostly unknown words.
 MOSTLY_UNKNOWN = 0.5
+
+
+Reported = Callable[[int, int], None]
+
+
+def _in_silence(done: int, total: int) -> None:
+    """Tell nobody how far the reading is."""
 
 
 def shrunk(moment: Tensor, share: float = SHRINKAGE) -> Tensor:
@@ -56,7 +71,7 @@ class Words:
 
     def without(self, names: Sequence[str]) -> Words:
         """Those that aren't named by one of the names."""
-        named = set(naming(self.texts, names)) if names else set()
+        named = set(those_naming(self.texts, names)) if names else set()
         return self._only([i for i, text in enumerate(self.texts) if text not in named])
 
     def telling(self) -> Words:
@@ -97,11 +112,9 @@ def read_language(
     reading: Reading,
     cache: MutableMapping[str, Tensor] | None = None,
     named: Sequence[str] = (),
-) -> Iterator[tuple[int, int]]:
-    """Encode what is to be read, or take it from the cache.
-
-    Every prompt counts alike, however long. A generator: yields (prompts done, prompts) as it
-    goes, and returns the :class:`Language`.
+    progress: Reported = _in_silence,
+) -> Language:
+    """Encode what is to be read, or take it from the cache. Every prompt counts alike.
 
     Args:
         cache: results by key, for example on disk. The key covers the engine's version, the
@@ -110,21 +123,17 @@ def read_language(
             must have, or isn't finite, is read anew.
         named: names of the concepts. Prompts that name them are not protected; they are taken out
             of what is cached, so that the cache serves every concept.
+        progress: told how many prompts are read, and how many there are.
     """
-    probes = denoiser.encode(spread(reading.protected, PROBE_CAPTIONS))
-    key = _cache_key(probes, reading)
-    parts = ("", "-words", "-witnesses")
-    width, fits = probes[0].tokens.shape[1], (len(reading.words), len(reading.witnesses))
-    kept = _from_cache(cache, [key + part for part in parts])
-    if kept and not _is_a_reading(*kept, width, *fits):
-        kept = None
+    probes = denoiser.encode(evenly_spaced(reading.protected, PROBE_CAPTIONS))
+    keys, kept = _cached_reading(cache, probes, reading)
     if kept is None:
-        kept = yield from _read(denoiser, reading)
+        kept = _read(denoiser, reading, progress)
         if cache is not None:
-            cache.update({key + part: rows for part, rows in zip(parts, kept, strict=True)})
+            cache.update(zip(keys, kept, strict=True))
     moment, word_rows, witness_rows = kept
-    left_out = naming(reading.protected, named) if named else []
-    moment = yield from _without(denoiser, moment.double(), reading.protected, left_out)
+    named_ones = those_naming(reading.protected, named) if named else []
+    moment = _without(denoiser, moment.double(), reading.protected, named_ones, TOKENS, progress)
     longest = max(len(probe.tokens) for probe in probes)
     counts = torch.ones(witness_rows.shape[1])
     if len(counts) == WITNESS_ROWS:  # else nothing was cut off: these encoders don't pad
@@ -135,29 +144,39 @@ def read_language(
         moment,
         Words(words, word_rows.float(), torch.ones(2)),
         Words(witnesses, witness_rows.float(), counts),
-        unknown_share(denoiser, spread(plain_captions(), 64)),
+        unknown_share(denoiser, evenly_spaced(plain_captions(), 64)),
     )
 
 
-def pooled_moment(
+def is_read(denoiser: Denoiser, reading: Reading, cache: MutableMapping[str, Tensor]) -> bool:
+    """Whether the cache has what :func:`read_language` would read."""
+    probes = denoiser.encode(evenly_spaced(reading.protected, PROBE_CAPTIONS))
+    return _cached_reading(cache, probes, reading)[1] is not None
+
+
+def read_moment(
     denoiser: Denoiser,
     prompts: Sequence[str],
+    way: str,
     cache: MutableMapping[str, Tensor] | None = None,
     named: Sequence[str] = (),
-) -> Iterator[tuple[int, int]]:
-    """Second moment (size, size) of the pooled vectors of prompts; see :func:`read_language`."""
-    probes = denoiser.encode(spread(prompts, PROBE_CAPTIONS))
-    key = _cache_key(probes, Reading(tuple(prompts), (), ())) + "-pooled"
+    progress: Reported = _in_silence,
+) -> Tensor:
+    """Second moment (size, size) of what enters on another way than that of the tokens.
+
+    Args:
+        way: for example :data:`prompt.POOLED`; the rest as in :func:`read_language`.
+    """
+    probes = denoiser.encode(evenly_spaced(prompts, PROBE_CAPTIONS))
+    key = _cache_key(probes, Reading(tuple(prompts), (), ())) + f"-{way.split()[0]}"
     kept = _from_cache(cache, [key])
-    if kept and not _is_moment(kept[0], len(_pooled_row(probes[0])[0])):
-        kept = None
-    if kept is None:
-        moment = yield from _mean_moment(denoiser, prompts, pooled=True)
-        kept = [moment]
+    moment = kept[0] if kept else None
+    if moment is None or not _is_moment(moment, probes[0].rows(way).shape[1]):
+        moment = _mean_moment(denoiser, prompts, way, progress)
         if cache is not None:
             cache[key] = moment
-    left_out = naming(prompts, named) if named else []
-    return (yield from _without(denoiser, kept[0].double(), prompts, left_out, pooled=True))
+    named_ones = those_naming(prompts, named) if named else []
+    return _without(denoiser, moment.double(), prompts, named_ones, way, progress)
 
 
 def unknown_share(denoiser: Denoiser, texts: Sequence[str]) -> float:
@@ -165,6 +184,17 @@ def unknown_share(denoiser: Denoiser, texts: Sequence[str]) -> float:
     unknown = unknown_token(denoiser)
     tokens = [token for row in words_of(denoiser, texts) for token in row]
     return sum(token == unknown for token in tokens) / max(1, len(tokens))
+
+
+def _cached_reading(
+    cache: MutableMapping[str, Tensor] | None, probes: Sequence[Encoded], reading: Reading
+) -> tuple[list[str], list[Tensor] | None]:
+    """The keys of what :func:`_read` gives, and that from the cache if it is there and fits."""
+    key = _cache_key(probes, reading)
+    keys = [key + part for part in ("", "-words", "-witnesses")]
+    kept = _from_cache(cache, keys)
+    fits = probes[0].tokens.shape[1], len(reading.words), len(reading.witnesses)
+    return keys, kept if kept and _is_a_reading(*kept, *fits) else None
 
 
 def _from_cache(
@@ -200,7 +230,7 @@ def _is_moment(moment: Tensor, width: int) -> bool:
     )
 
 
-def _read(denoiser: Denoiser, reading: Reading) -> Iterator[tuple[int, int]]:
+def _read(denoiser: Denoiser, reading: Reading, progress: Reported) -> list[Tensor]:
     """Moment, rows of the words and rows of the witnesses.
 
     The moment is kept in float64: in float32 it is no longer positive where few prompts reach. The
@@ -216,7 +246,7 @@ def _read(denoiser: Denoiser, reading: Reading) -> Iterator[tuple[int, int]]:
             bottom = len(prompt.tokens) - 1
             word_rows.append(prompt.tokens[[min(last, bottom), min(end, bottom)]].half())
 
-    moment = yield from _mean_moment(denoiser, reading.protected, each=take)
+    moment = _mean_moment(denoiser, reading.protected, TOKENS, progress, take)
     held_out = [text for _, text in reading.witnesses]
     encoded = denoiser.encode(held_out, together=True) if held_out else []
     width = len(moment)
@@ -243,38 +273,35 @@ def _without(
     moment: Tensor,
     prompts: Sequence[str],
     left_out: Sequence[str],
-    pooled: bool = False,
-) -> Iterator[tuple[int, int]]:
+    way: str,
+    progress: Reported,
+) -> Tensor:
     """The mean moment of the prompts without some of them."""
     count = len(prompts) - len(left_out)
     if not left_out or not count:
         return moment
-    named = yield from _mean_moment(denoiser, left_out, pooled)
+    named = _mean_moment(denoiser, left_out, way, progress)
     return (moment * len(prompts) - named * len(left_out)) / count
 
 
 def _mean_moment(
     denoiser: Denoiser,
     prompts: Sequence[str],
-    pooled: bool = False,
+    way: str,
+    progress: Reported,
     each: Callable[[str, Encoded], None] = lambda text, prompt: None,
-) -> Iterator[tuple[int, int]]:
+) -> Tensor:
     total = torch.zeros(())
     for start in range(0, len(prompts), ENCODE_BATCH):
         batch = prompts[start : start + ENCODE_BATCH]
-        encoded = denoiser.encode(batch, together=not pooled)
+        encoded = denoiser.encode(batch, together=way == TOKENS)
         for text, prompt in zip(batch, encoded, strict=True):
             each(text, prompt)
-        rows = [_pooled_row(one) if pooled else one.tokens for one in encoded]
+        rows = [prompt.rows(way) for prompt in encoded]
         alike = torch.cat([one * len(one) ** -0.5 for one in rows])
         total = total + second_moment([alike]) * len(alike)
-        yield start + len(batch), len(prompts)
+        progress(start + len(batch), len(prompts))
     return total / len(prompts)
-
-
-def _pooled_row(prompt: Encoded) -> Tensor:
-    assert prompt.pooled is not None
-    return prompt.pooled[None]
 
 
 def second_moment(prompts: Iterable[Tensor]) -> Tensor:

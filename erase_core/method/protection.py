@@ -6,13 +6,13 @@ The ridge is chosen on words that it doesn't protect. Those it protects would ca
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from ..run.measure import Movement
 from .closed_form import ClosedForm, EditRegression
 from .collateral import NO_WORDS, Others, WordChanges
+from .guidance import Movement
 
 RIDGES = (
     *(300.0, 170.0, 100.0, 55.0, 30.0, 17.0, 10.0, 5.5, 3.0, 1.7, 1.0, 0.55, 0.3, 0.17),
@@ -41,12 +41,12 @@ LEAST_MOVED = 0.5
 # little is left.
 HARM, RUIN = 0.2, 0.6
 
-Moves = Callable[[ClosedForm], Iterator[int]]
+Moves = Callable[[ClosedForm], Movement]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A closed form and how it was chosen.
+class RidgeChoice:
+    """A ridge, the closed form that it gives, and why it was chosen.
 
     Attributes:
         solution: the closed form.
@@ -70,16 +70,15 @@ def strongest_that_moves(
     moves: Moves | None,
     others: Others | None = None,
     ridges: Sequence[float] = RIDGES,
-) -> Iterator[int]:
-    """The closed form with the strongest ridge that still moves every concept far enough.
+) -> RidgeChoice:
+    """The strongest ridge that still moves every concept far enough.
 
-    A generator: yields images evaluated, returns a :class:`Choice`. Keys and values decide first,
+    Keys and values decide first,
     at no cost; where something is sampled, weaker ridges are tried as long as the guidance of the
     concept that moves least is short of the aim and gains, and as long as they do little harm.
 
     Args:
-        moves: a generator function that returns the movement, on the model's predictions; None
-            where nothing is sampled.
+        moves: how far a closed form moves the model's predictions; None where nothing is sampled.
         others: words that the ridge doesn't protect; None where they aren't known.
         ridges: what to choose from, the strongest first.
     """
@@ -88,24 +87,25 @@ def strongest_that_moves(
     def changes(solution: ClosedForm) -> WordChanges:
         return others.of_witnesses(solution) if others else NO_WORDS
 
-    best = None
+    best: RidgeChoice | None = None
     first = _by_keys_and_values(ridges, solve, changes)
     for ridge in ridges[first::STEP][:MOST_TRIES]:
         solution = solve(ridge)
         changed = changes(solution)
         if moves is None:
-            return Choice(solution, ridge, solution.moved, None, changed)
+            return RidgeChoice(solution, ridge, solution.moved, None, changed)
         # By keys and values: of a concept with few held-out states the guidance says little.
         if best is not None and min(best.solution.moved) >= LEAST_MOVED:
             if changed.mean > CHANGE_FOR_MORE:
                 break
-        movement = yield from moves(solution)
+        movement = moves(solution)
         moved = movement.concepts
         if best is not None and min(moved) < min(best.moved) + LEAST_GAIN:
             break
-        best = Choice(solution, ridge, moved, movement, changed)
+        best = RidgeChoice(solution, ridge, moved, movement, changed)
         if min(moved) >= AIM:
             break
+    assert best is not None  # there is a ridge, and the first that is tried becomes it
     return best
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from ..model.denoiser import Encoded
+from ..model.prompt import Encoded
 from ..settings.prompts import PromptPair
 from ..settings.settings import EraseSettings, SettingsError
 from .alignment import STREAM_IDS, VECTOR_IDS

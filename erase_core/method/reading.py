@@ -59,7 +59,7 @@ def choose_reading(denoiser: Denoiser, captions: Sequence[str], kind: str) -> Re
     """
     most = int(WORDS_PER_CAPTION * len(captions))
     if kind == "tags":
-        words, phrases = spread(common_tags(), most), TAG_PHRASES
+        words, phrases = evenly_spaced(common_tags(), most), TAG_PHRASES
         held_out = _held_out(words, [*captions, *phrases])
     else:
         vocabulary, phrases = _known(denoiser, _vocabulary(denoiser)), PHRASES
@@ -70,7 +70,7 @@ def choose_reading(denoiser: Denoiser, captions: Sequence[str], kind: str) -> Re
         first = [word for word in nameable if word not in out]
         out.update(first)
         rest = [word for word in vocabulary if word not in out]
-        words = [*spread(first, most), *_frequent_first(rest, max(0, most - len(first)))]
+        words = [*evenly_spaced(first, most), *_frequent_first(rest, max(0, most - len(first)))]
     out = set(held_out)
     phrased = in_phrases([word for word in words if word not in out], phrases)
     return Reading(
@@ -80,7 +80,7 @@ def choose_reading(denoiser: Denoiser, captions: Sequence[str], kind: str) -> Re
 
 def _vocabulary(denoiser: Denoiser) -> list[str]:
     """The words of the encoder, the frequent ones first; shipped ones where it can't list them."""
-    listed = getattr(denoiser, "vocabulary", list)()
+    listed = list(denoiser.vocabulary())
     if listed:
         return listed
     texts = [*things(), *common_tags(), *plain_captions()]
@@ -121,8 +121,8 @@ def _held_out(words: Sequence[str], captions: Sequence[str]) -> list[str]:
     named = set(re.findall(r"\w+", " ".join(captions).casefold()))
     free = [w for w in words if not {w, w.removesuffix("s"), f"{w}s"} & named]
     wanted, known = min(WITNESSES, len(words) // WITNESS_SHARE), set(free)
-    chosen = spread(free, wanted)
-    return [*chosen, *spread([w for w in words if w not in known], wanted - len(chosen))]
+    chosen = evenly_spaced(free, wanted)
+    return [*chosen, *evenly_spaced([w for w in words if w not in known], wanted - len(chosen))]
 
 
 def _frequent_first(words: Sequence[str], count: int) -> list[str]:
@@ -143,7 +143,7 @@ def plain_captions(count: int | None = None) -> list[str]:
         count: how many; None or more than there are gives all.
     """
     captions = _shipped("captions.txt")
-    return spread(captions, len(captions) if count is None else count)
+    return evenly_spaced(captions, len(captions) if count is None else count)
 
 
 def common_tags() -> list[str]:
@@ -165,14 +165,14 @@ def _shipped(name: str) -> list[str]:
     return [line for line in _lines(name) if line]
 
 
-def spread(items: Sequence[str], count: int) -> list[str]:
+def evenly_spaced(items: Sequence[str], count: int) -> list[str]:
     """``count`` of the items at even distances (all when there are not more)."""
     if count >= len(items):
         return list(items)
     return [items[index * len(items) // count] for index in range(count)]
 
 
-def naming(captions: Sequence[str], texts: Sequence[str]) -> list[str]:
+def those_naming(captions: Sequence[str], texts: Sequence[str]) -> list[str]:
     """Those captions in which one of the texts stands as words of its own, also with a plural s.
 
     Both are taken as they are read: what is emphasis in them doesn't count.

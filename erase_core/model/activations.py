@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 # Gradients and results that backward holds in passing, in shares of what is kept of a block.
 # Measured on shrunken models of SD1.5, SDXL, SD3 and Flux: 0.1 to 0.8 of the largest.
 IN_PASSING = 0.5
+PLAIN_GRADIENT = 3  # forward-equivalents of a forward with its backward
 
 
 class BlockRun(Protocol):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .denoiser import LowRankEdit
+from .low_rank import LowRankEdit
 from .memory import out_of_memory
 
 # Half of the smallest fault that must be found, a gradient that is off by 5 %.

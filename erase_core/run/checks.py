@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.nn import functional
 
-from ..method.encoded import EncodedPrompts
+from ..artefact.record import GUIDANCE, KEYS_AND_VALUES, PREDICTION
+from ..method.guidance import Movement
 from ..method.subspace import ExactSet, leakage
-from ..model.denoiser import Denoiser, Encoded, LowRankEdit
-from ..settings.families import by_name
-from ..settings.layers import reads_prompt
-from ..settings.settings import EraseSettings
+from ..method.ways import WayIn
+from ..model.low_rank import LowRankEdit
+from ..model.prompt import POOLED, TOKENS, Encoded
+from .given import Given
 from .measure import (
-    Movement,
     guidance_drift,
     key_value_drift,
     movement_on,
@@ -25,238 +23,161 @@ from .measure import (
     pooled_leak,
     prompt_drift,
 )
-from .states import EncodedPair, Sampling, States, draw_pairs
-
-HELD_OUT_STATES = 18
-SAMPLED_TRAJECTORIES = 2
-SAMPLED_STEPS = 5
-NULL_STATES = 2
-UNNAMED_PROMPTS = 16
-POOLED_STATES = 3
-
-PREDICTION, KEYS_AND_VALUES, GUIDANCE = "prediction", "keys and values", "guidance"
+from .plan import (
+    NULL_STATES,
+    POOLED_STATES,
+    SAMPLED_STEPS,
+    SAMPLED_TRAJECTORIES,
+    checked_states,
+)
+from .states import Sampling, States, balanced_states, draw_pairs, middles
 
 
-class Checks:
-    """Measures a finished edit.
+def measure(
+    given: Given,
+    edit: LowRankEdit,
+    ways: Sequence[WayIn],
+    exact: ExactSet,
+    held_out: States | None,
+    unnamed: Mapping[str, Encoded],
+    movement: Movement | None = None,
+) -> dict[str, Any]:
+    """Everything that the report says about a finished edit, plain JSON values.
 
-    Args:
-        settings: of the run.
-        denoiser: the model.
-        prompts: the prompts of the run.
-        matrices: W by name.
-        generator: the run's random numbers.
-    """
-
-    def __init__(
-        self,
-        settings: EraseSettings,
-        denoiser: Denoiser,
-        prompts: EncodedPrompts,
-        matrices: dict[str, Tensor],
-        generator: torch.Generator,
-    ) -> None:
-        self._settings, self._denoiser, self._prompts = settings, denoiser, prompts
-        self._matrices, self._generator = matrices, generator
-        self._batch = 3 * settings.batch  # what the pool was sampled with fits the device
-
-    def run(
-        self,
-        edit: LowRankEdit,
-        exact: ExactSet,
-        held_out: States | None,
-        unnamed: Mapping[str, Encoded],
-        movement: Movement | None = None,
-    ) -> Iterator[str]:
-        """Everything the report says; a generator that yields what it is doing.
-
-        Args:
-            unnamed: prompts that the run doesn't name, by text.
-            movement: of this edit on held-out states, where it was measured before.
-
-        Without sampled states the drifts are those of keys and values, which need no prediction,
-        and nothing is said about predictions.
-        """
-        measures: dict[str, Any] = {
-            "moved_held_out": None,
-            "moved_sampled": None,
-            "pooled": None,
-        }
-        if held_out is not None:
-            wanted = checked_states(self._settings, len(held_out))
-            checked = spread_over(held_out, self._prompts.pairs, wanted)
-            measures |= yield from self._movements(edit, checked, movement)
-            measures["pooled"] = yield from self._pooled(edit, checked)
-        else:
-            checked = None
-        measures |= yield from self._drifts(edit, checked, exact, unnamed)
-        return {**measures, "null_leakage": self._null_leakage(edit)}
-
-    def _null_leakage(self, edit: LowRankEdit) -> float | None:
-        """What R sees of the null prompt in the hard form; None in the soft one."""
-        if self._settings.form != "hard":
-            return None
-        null, pooled_matrix = self._prompts.null, by_name(self._denoiser.family).pooled_matrix
-        seen = {}
-        for name, basis in edit.bases.items():
-            if id(basis) not in seen:
-                read = null.tokens
-                if name == pooled_matrix:  # which reads the pooled vector before anything else
-                    read = functional.pad(null.pooled, (0, len(basis) - len(null.pooled)))[None]
-                seen[id(basis)] = leakage(basis.cpu(), read)
-        return max(seen.values())
-
-    def _movements(
-        self, edit: LowRankEdit, checked: States, on_frozen: Movement | None
-    ) -> Iterator[str]:
-        settings, denoiser, pairs = self._settings, self._denoiser, self._prompts.pairs
-        if on_frozen is None:
-            on_frozen = yield from _saying(
-                movement_on(denoiser, pairs, checked, edit, settings.eta, self._batch),
-                "Checking on held-out states",
-            )
-        shape = tuple(checked.x.shape[1:])
-        wanted = draw_pairs(pairs, SAMPLED_TRAJECTORIES, shape, self._generator)
-        sampling = Sampling(denoiser.sigmas(SAMPLED_STEPS).cpu(), settings.guidance_scale)
-        on_sampled = yield from _saying(
-            movement_sampled(
-                denoiser,
-                self._prompts.null,
-                pairs,
-                wanted,
-                sampling,
-                edit,
-                settings.eta,
-                null_is_exact=settings.form == "hard",
-            ),
-            "Checking on the edited model's own states",
-        )
-        return {
-            "moved_held_out": dataclasses.asdict(on_frozen),
-            "moved_sampled": dataclasses.asdict(on_sampled),
-        }
-
-    def _pooled(self, edit: LowRankEdit, checked: States) -> Iterator[str]:
-        """What comes through the pooled vector; None on models without one."""
-        if self._prompts.null.pooled is None:
-            return None
-        states = checked[evenly(len(checked), POOLED_STATES)]
-        leak = pooled_leak(self._denoiser, self._prompts.pairs, states, edit, self._batch)
-        found = yield from _saying(leak, "Checking the pooled vector")
-        edited = by_name(self._denoiser.family).pooled_matrix in edit.factors
-        return found if edited else {**found, "left": None}
-
-    def _drifts(
-        self,
-        edit: LowRankEdit,
-        checked: States | None,
-        exact: ExactSet,
-        unnamed: Mapping[str, Encoded],
-    ) -> Iterator[str]:
-        prompts, settings = self._prompts, self._settings
-
-        def drift(asked: Sequence[Encoded]) -> Iterator[str]:
-            return (
-                yield from _saying(self._drift(edit, asked, checked), "Checking what must stay")
-            )
-
-        null = yield from drift([prompts.null] * NULL_STATES)
-        zeroed = yield from drift([prompts.null.zeroed()])
-        kept = yield from drift([prompt for _, prompt in prompts.keep])
-        negatives = yield from drift(prompts.negatives)
-        asked = list(unnamed.values())
-        others = yield from self._unnamed(edit, asked, checked)
-        return {
-            "drift_of": KEYS_AND_VALUES if checked is None else PREDICTION,
-            "null_drift": max(null),
-            "zeroed_drift": max(zeroed),
-            "negative_prompts": _with_texts(settings.negative_prompts, negatives),
-            "kept": [
-                {**dataclasses.asdict(prompt), "drift": change}
-                for prompt, change in zip(exact.kept, kept, strict=True)
-            ],
-            "unnamed_of": KEYS_AND_VALUES if checked is None else GUIDANCE,
-            "unnamed": _with_texts(unnamed, others),
-            "unnamed_drift": sum(others) / max(1, len(others)),
-        }
-
-    def _unnamed(
-        self, edit: LowRankEdit, asked: Sequence[Encoded], checked: States | None
-    ) -> Iterator[str]:
-        """How far prompts that nobody named change: their guidance, else keys and values."""
-        if checked is None:
-            return (yield from self._drift(edit, asked, None))
-        states = checked[evenly(len(checked), len(asked))]
-        drift = guidance_drift(self._denoiser, asked, states, edit, self._batch)
-        return (yield from _saying(drift, "Checking what nobody named"))
-
-    def _drift(
-        self, edit: LowRankEdit, asked: Sequence[Encoded], checked: States | None
-    ) -> Iterator[int]:
-        """Drift of each prompt: at one state each, the states spread over the noise levels."""
-        if checked is not None:
-            states = checked[evenly(len(checked), len(asked))]
-            return (yield from prompt_drift(self._denoiser, asked, states, edit, self._batch))
-        readers = {name: w for name, w in self._matrices.items() if reads_prompt(name)}
-        return [key_value_drift(edit, readers, prompt.tokens) for prompt in asked]
-
-
-def planned_checks(settings: EraseSettings, held_out: int, pooled: bool) -> int:
-    """Forward-equivalents of the checks.
+    Without sampled states the drifts are those of keys and values, which need no prediction, and
+    nothing is said about predictions.
 
     Args:
-        held_out: how many trajectories are held out.
-        pooled: whether the model takes pooled vectors.
+        ways: those that are edited.
+        held_out: states to check on.
+        unnamed: prompts that the run doesn't name, by text.
+        movement: of this edit on held-out states, where it was measured before.
     """
-    prompts = len(settings.keep) + len(settings.negative_prompts) + UNNAMED_PROMPTS
-    sampled = 4 if settings.form == "hard" else 5
-    return (
-        checked_states(settings, held_out * settings.sampling_steps)
-        + sampled * SAMPLED_TRAJECTORIES * SAMPLED_STEPS
-        + 2 * (NULL_STATES + 1)
-        + 2 * prompts
-        + 3 * POOLED_STATES * pooled
+    measures: dict[str, Any] = {"moved_held_out": None, "moved_sampled": None, "pooled": None}
+    checked = None
+    if held_out is not None:
+        wanted = checked_states(given.settings, len(held_out))
+        checked = balanced_states(held_out, given.prompts.pairs, wanted)
+        measures |= _movements(given, edit, checked, movement)
+        measures["pooled"] = _pooled(given, edit, checked)
+    measures |= _drifts(given, edit, ways, checked, exact, unnamed)
+    return {**measures, "null_leakage": _null_leakage(given, edit)}
+
+
+def _movements(
+    given: Given, edit: LowRankEdit, checked: States, on_frozen: Movement | None
+) -> dict[str, Any]:
+    settings, model, pairs = given.settings, given.model, given.prompts.pairs
+    if on_frozen is None:
+        given.meter.say("Checking on held-out states")
+        on_frozen = movement_on(model, pairs, checked, edit, settings.eta, given.checked_at_once)
+    given.meter.say("Checking on the edited model's own states")
+    shape = tuple(checked.x.shape[1:])
+    on_sampled = movement_sampled(
+        model,
+        given.prompts.null,
+        pairs,
+        draw_pairs(pairs, SAMPLED_TRAJECTORIES, shape, given.random),
+        Sampling(model.sigmas(SAMPLED_STEPS).cpu(), settings.guidance_scale),
+        edit,
+        settings.eta,
+        null_is_exact=settings.form == "hard",
     )
+    return {
+        "moved_held_out": dataclasses.asdict(on_frozen),
+        "moved_sampled": dataclasses.asdict(on_sampled),
+    }
 
 
-def checked_states(settings: EraseSettings, available: int) -> int:
-    """How many held-out states the movement is measured on: some for each concept."""
-    return min(available, max(HELD_OUT_STATES, 6 * len(settings.concepts)))
+def _pooled(given: Given, edit: LowRankEdit, checked: States) -> dict[str, Any] | None:
+    """What comes through the pooled vector; None on models without one."""
+    if given.prompts.null.pooled is None:
+        return None
+    given.meter.say("Checking the pooled vector")
+    states = checked[middles(len(checked), POOLED_STATES)]
+    pairs, batch = given.prompts.pairs, given.checked_at_once
+    found = pooled_leak(given.model, pairs, states, edit, batch)
+    edited = any(name in edit.factors for name in given.model.ways.get(POOLED, ()))
+    return dict(found) if edited else {**found, "left": None}
 
 
-def spread_over(states: States, pairs: Sequence[EncodedPair], wanted: int) -> States:
-    """``wanted`` of the states, evenly over the concepts and each concept's noise levels.
+def _drifts(
+    given: Given,
+    edit: LowRankEdit,
+    ways: Sequence[WayIn],
+    checked: States | None,
+    exact: ExactSet,
+    unnamed: Mapping[str, Encoded],
+) -> dict[str, Any]:
+    prompts, settings = given.prompts, given.settings
 
-    In order of falling noise.
-    """
-    concept = torch.tensor([pairs[i].concept for i in states.index.tolist()])
-    groups = [(concept == c).nonzero().flatten() for c in concept.unique()]
-    chosen = []
-    for number, members in enumerate(groups):
-        share = (number + 1) * wanted // len(groups) - number * wanted // len(groups)
-        by_sigma = members[states.sigma[members].argsort(descending=True, stable=True)]
-        chosen.append(by_sigma[evenly(len(members), min(share, len(members)))])
-    index = torch.cat(chosen)
-    return states[index[states.sigma[index].argsort(descending=True, stable=True)]]
+    def drift(asked: Sequence[Encoded]) -> list[float]:
+        return _drift(given, edit, ways, asked, checked)
+
+    given.meter.say("Checking what must stay")
+    null = drift([prompts.null] * NULL_STATES)
+    zeroed = drift([prompts.null.zeroed()])
+    kept = drift([prompt for _, prompt in prompts.keep])
+    negatives = drift(prompts.negatives)
+    given.meter.say("Checking what nobody named")
+    others = _unnamed(given, edit, ways, list(unnamed.values()), checked)
+    return {
+        "drift_of": KEYS_AND_VALUES if checked is None else PREDICTION,
+        "null_drift": max(null),
+        "zeroed_drift": max(zeroed),
+        "negative_prompts": _with_texts(settings.negative_prompts, negatives),
+        "kept": [
+            {**dataclasses.asdict(prompt), "drift": change}
+            for prompt, change in zip(exact.kept, kept, strict=True)
+        ],
+        "unnamed_of": KEYS_AND_VALUES if checked is None else GUIDANCE,
+        "unnamed": _with_texts(unnamed, others),
+        "unnamed_drift": sum(others) / max(1, len(others)),
+    }
 
 
-def evenly(count: int, wanted: int) -> Tensor:
-    """``wanted`` indices below ``count``, each in the middle of its share of the range.
+def _unnamed(
+    given: Given,
+    edit: LowRankEdit,
+    ways: Sequence[WayIn],
+    asked: Sequence[Encoded],
+    checked: States | None,
+) -> list[float]:
+    """How far prompts that nobody named change: their guidance, else keys and values."""
+    if checked is None:
+        return _drift(given, edit, ways, asked, None)
+    states = checked[middles(len(checked), len(asked))]
+    return guidance_drift(given.model, asked, states, edit, given.checked_at_once)
 
-    Not the ends: at the lowest noise level x0 is x but for rounding, and a drift taken there would
-    be the rounding's.
-    """
-    return ((torch.arange(wanted) + 0.5) * count / wanted).long()
+
+def _drift(
+    given: Given,
+    edit: LowRankEdit,
+    ways: Sequence[WayIn],
+    asked: Sequence[Encoded],
+    checked: States | None,
+) -> list[float]:
+    """Drift of each prompt: at one state each, the states spread over the noise levels."""
+    if checked is not None:
+        states = checked[middles(len(checked), len(asked))]
+        return prompt_drift(given.model, asked, states, edit, given.checked_at_once)
+    readers = {name: w for way in ways if way.name == TOKENS for name, w in way.matrices.items()}
+    return [key_value_drift(edit, readers, prompt.tokens) for prompt in asked]
 
 
-def _saying(stage: Iterator, text: str) -> Iterator[str]:
-    """Run a stage to its end, yielding ``text`` for whatever it yields."""
-    while True:
-        try:
-            next(stage)
-        except StopIteration as end:
-            return end.value
-        yield text
+def _null_leakage(given: Given, edit: LowRankEdit) -> float | None:
+    """What R sees of the null prompt in the hard form; None in the soft one."""
+    if given.settings.form != "hard":
+        return None
+    seen: dict[int, float] = {}
+    for way, names in given.model.ways.items():
+        read = given.prompts.null.rows(way)
+        for name in names:
+            basis = edit.bases.get(name)
+            if basis is not None and id(basis) not in seen:
+                rest = len(basis) - read.shape[1]  # what the matrix reads behind the prompt
+                seen[id(basis)] = leakage(basis.cpu(), functional.pad(read, (0, rest)))
+    return max(seen.values())
 
 
 def _with_texts(prompts: Iterable[str], changes: Sequence[float]) -> list[dict[str, Any]]:

@@ -2,110 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..method.guidance import guidance_term, moved, surgical_target, weighted_error
-from ..model.activations import BlockRun
-from ..model.denoiser import Denoiser, Encoded, LowRankEdit
-from ..model.memory import ADVICE, out_of_memory
-from .states import (
-    EncodedPair,
-    PredictionError,
-    Sampling,
-    States,
-    Trajectories,
-    check_finite,
-    euler_step,
-    states_at,
-)
-
-PLAIN_GRADIENT = 3  # forward-equivalents of a forward with its backward
-
-
-@dataclass(frozen=True)
-class Movement:
-    """How far the guidance term of the erased prompts went, 1 being all the way.
-
-    Attributes:
-        overall: over all states.
-        concepts: over the states of each concept.
-        high, middle, low: over the third of the states with the highest noise, and so on.
-        erased_change: ``|eps_th(e) - eps*(e)| / |eps*(e)|``, the yardstick for every drift.
-    """
-
-    overall: float
-    concepts: list[float]
-    high: float
-    middle: float
-    low: float
-    erased_change: float
-
-
-class CountedDenoiser:
-    """A denoiser that counts what it is asked for, in forward-equivalents per image.
-
-    A prediction is 1; one whose gradient is wanted is 3, since a backward costs two forwards, or
-    what the way its blocks are run costs (:class:`activations.BlockRun`). What doesn't fit the
-    device's memory is predicted in smaller parts, unless its gradient is wanted: then it is the
-    caller that must ask for less.
-    """
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        self._denoiser = denoiser
-        self._most: int | None = None  # images at a time, once memory has run out
-        self._with_gradient = PLAIN_GRADIENT
-        self.forward_equivalents = 0
-
-    def __getattr__(self, name: str):
-        return getattr(self._denoiser, name)
-
-    @contextmanager
-    def around_blocks(self, run: BlockRun) -> Iterator[None]:
-        """As the denoiser's own, and counted for what it costs."""
-        before, self._with_gradient = self._with_gradient, run.forward_equivalents
-        try:
-            with self._denoiser.around_blocks(run):
-                yield
-        finally:
-            self._with_gradient = before
-
-    def predict_x0(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        prompts: Sequence[Encoded],
-        edit: LowRankEdit | None = None,
-    ) -> Tensor:
-        """As the denoiser's own, and counted.
-
-        Raises:
-            PredictionError: there isn't memory for a single image.
-        """
-        if edit is not None and torch.is_grad_enabled():
-            self.forward_equivalents += self._with_gradient * len(x)
-            return self._denoiser.predict_x0(x, sigma, prompts, edit)
-        self.forward_equivalents += len(x)
-        while True:
-            most = min(len(x), self._most or len(x))
-            try:
-                parts = [
-                    self._denoiser.predict_x0(
-                        x[i : i + most], sigma[i : i + most], prompts[i : i + most], edit
-                    )
-                    for i in range(0, len(x), most)
-                ]
-                return parts[0] if len(parts) == 1 else torch.cat(parts)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                if most == 1:
-                    raise PredictionError(ADVICE.format(task="predict")) from error
-            self._most = (most + 1) // 2
+from ..method.encoded import EncodedPair
+from ..method.guidance import Movement, guidance_term, moved, surgical_target, weighted_error
+from ..model.denoiser import Denoiser
+from ..model.low_rank import LowRankEdit
+from ..model.prompt import Encoded
+from .states import Sampling, States, Trajectories, check_finite, euler_step, states_at
 
 
 def movement_on(
@@ -115,15 +22,18 @@ def movement_on(
     edit: LowRankEdit,
     eta: float,
     batch: int,
-) -> Iterator[int]:
-    """Evaluate the edited model on frozen states (a generator; returns a :class:`Movement`)."""
+) -> Movement:
+    """How far the edited model's guidance moved on frozen states.
+
+    Args:
+        batch: states at a time.
+    """
     students = []
     for part in torch.arange(len(states)).split(batch):
         prompts = [pairs[i].erased for i in states.index[part].tolist()]
         x0 = _predict(denoiser, states.x[part], states.sigma[part], prompts, edit)
         check_finite(x0, float(states.sigma[part].min()))
         students.append(guidance_term(states.x0_null[part], x0, states.sigma[part]))
-        yield len(part)
     return summarise(torch.cat(students), states, pairs, eta, denoiser.loss_weight(states.sigma))
 
 
@@ -136,10 +46,8 @@ def movement_sampled(
     edit: LowRankEdit,
     eta: float,
     null_is_exact: bool = True,
-) -> Iterator[int]:
+) -> Movement:
     """Sample with the edited model and see how far its guidance moved where *it* goes.
-
-    A generator; yields images evaluated, returns a :class:`Movement`.
 
     Args:
         wanted: trajectories of prompt pairs; the prompt with the concept drives them all.
@@ -166,7 +74,6 @@ def movement_sampled(
         parts.append(states)
         x0_null = own_null[0] if own_null else states.x0_null
         x = euler_step(x, x0_null, student, sigma, sigma_next, sampling.guidance_scale)
-        yield (3 + again) * count
     states = States.join(parts)
     weight = denoiser.loss_weight(states.sigma)
     return summarise(torch.cat(students), states, pairs, eta, weight)
@@ -199,11 +106,10 @@ def prompt_drift(
     states: States,
     edit: LowRankEdit,
     batch: int,
-) -> Iterator[int]:
+) -> list[float]:
     """Relative change of the prediction, ``|eps_th - eps*| / |eps*|``, of each prompt.
 
-    Prompt i is tried at state i. A generator; yields images evaluated, returns a list with one
-    figure a prompt.
+    Prompt i is tried at state i.
     """
     changes: list[float] = []
     for start in range(0, len(prompts), batch):
@@ -214,7 +120,6 @@ def prompt_drift(
         # eps = (x - x0) / sigma on both sides: the noise level cancels.
         size = (x - frozen).flatten(1).norm(dim=1)
         changes += ((edited - frozen).flatten(1).norm(dim=1) / size).tolist()
-        yield 2 * len(part)
     return changes
 
 
@@ -224,10 +129,10 @@ def pooled_leak(
     states: States,
     edit: LowRankEdit,
     batch: int,
-) -> Iterator[int]:
-    """What comes through the pooled vector alone (a generator).
+) -> dict[str, float]:
+    """What comes through the pooled vector alone.
 
-    Yields images evaluated, returns ``leak``: the share of the way from the alternative back to
+    Returns ``leak``: the share of the way from the alternative back to
     the concept that the original model goes when the alternative's tokens come with the concept's
     pooled vector, ``|g*(C_a, p_e) - g*(C_a, p_a)|^2 / |g*(e) - g*(a)|^2``; and ``left``: the same
     difference of the edited model's, over the same way.
@@ -244,7 +149,6 @@ def pooled_leak(
         )
         ways[0].append(guidance_term(here.x0_null, before, here.sigma) - here.g_alternative)
         ways[1].append(guidance_term(home, after, here.sigma))
-        yield 3 * len(part)
     weight = denoiser.loss_weight(states.sigma)
     whole = weighted_error(states.g_erased - states.g_alternative, weight)
     shares = [float(weighted_error(torch.cat(way), weight) / whole) for way in ways]
@@ -257,20 +161,19 @@ def guidance_drift(
     states: States,
     edit: LowRankEdit,
     batch: int,
-) -> Iterator[int]:
+) -> list[float]:
     """``|g_th(c) - g*(c)| / |g*(c)|`` of each prompt, at one state each.
 
-    A generator; yields images evaluated, returns a list. The guidance term, since that is what a
+    The guidance term, since that is what a
     sampler multiplies: relative to the whole prediction, which is mostly noise, a ruin looks small.
     """
-    changes = []
+    changes: list[float] = []
     for part in torch.arange(len(states)).split(batch):
         here, asked = states[part], [prompts[i] for i in part.tolist()]
         before, after = (_predict(denoiser, here.x, here.sigma, asked, e) for e in (None, edit))
         own = guidance_term(here.x0_null, before, here.sigma).flatten(1).norm(dim=1)
         change = guidance_term(before, after, here.sigma).flatten(1).norm(dim=1)
         changes += (change / own.clamp(min=1e-12)).tolist()
-        yield 2 * len(part)
     return changes
 
 

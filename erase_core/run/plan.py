@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from ..method.protection import MOST_TRIES
+from ..model.activations import PLAIN_GRADIENT
 from ..settings.settings import EraseSettings
-from .checks import planned_checks
-from .measure import PLAIN_GRADIENT
 
 # States on which a protection is tried, and the early stop is decided: few, since they are only
 # compared with each other.
@@ -21,6 +20,13 @@ CHECKED_GRADIENT = 6
 # What R adds where it trains too: a difference, forward and backward, and these once more where B
 # starts from nothing.
 CHECKED_BASES = 8
+# What a finished edit is measured on, in states and prompts.
+HELD_OUT_STATES = 18
+SAMPLED_TRAJECTORIES = 2
+SAMPLED_STEPS = 5
+NULL_STATES = 2
+UNNAMED_PROMPTS = 16
+POOLED_STATES = 3
 # From so many evaluations at the model's own size on, a person is told before they are made: more
 # than half an hour at five a second. The largest preset plans 2,000 for a concept.
 MANY_EVALUATIONS = 10_000
@@ -59,6 +65,29 @@ def planned_cost(
         + compared,
         "checks": planned_checks(settings, held_out, pooled),
     }
+
+
+def planned_checks(settings: EraseSettings, held_out: int, pooled: bool) -> int:
+    """Forward-equivalents of the checks.
+
+    Args:
+        held_out: how many trajectories are held out.
+        pooled: whether the model takes pooled vectors.
+    """
+    prompts = len(settings.keep) + len(settings.negative_prompts) + UNNAMED_PROMPTS
+    sampled = 4 if settings.form == "hard" else 5
+    return (
+        checked_states(settings, held_out * settings.sampling_steps)
+        + sampled * SAMPLED_TRAJECTORIES * SAMPLED_STEPS
+        + 2 * (NULL_STATES + 1)
+        + 2 * prompts
+        + 3 * POOLED_STATES * pooled
+    )
+
+
+def checked_states(settings: EraseSettings, available: int) -> int:
+    """How many held-out states the movement is measured on: some for each concept."""
+    return min(available, max(HELD_OUT_STATES, 6 * len(settings.concepts)))
 
 
 def trajectory_counts(settings: EraseSettings) -> tuple[int, int]:

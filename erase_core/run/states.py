@@ -7,30 +7,20 @@ all states but one away and then compute the scores again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..method.encoded import EncodedPair
 from ..method.guidance import guidance_term
-from ..model.denoiser import Denoiser, Encoded
-
-
-class PredictionError(RuntimeError):
-    """The model's predictions can't be used."""
-
-
-@dataclass(frozen=True)
-class EncodedPair:
-    """A prompt with the concept and its alternative.
-
-    ``concept`` is the place of the concept in the settings.
-    """
-
-    erased: Encoded
-    alternative: Encoded
-    concept: int = 0
+from ..model.denoiser import Denoiser
+from ..model.prompt import Encoded
+from ..settings.settings import EraseSettings
+from .given import Given
+from .meter import PredictionError, TrainingError
+from .plan import trajectory_counts
 
 
 @dataclass(frozen=True)
@@ -146,11 +136,8 @@ def draw_pairs(
 
 def sample_states(
     denoiser: Denoiser, null: Encoded, wanted: Trajectories, sampling: Sampling
-) -> Iterator[int]:
-    """Sample trajectories side by side on the frozen model, keeping every state.
-
-    A generator: yields the number of images evaluated after each sampler step, and returns the
-    :class:`States`, ordered by step.
+) -> States:
+    """Sample trajectories side by side on the frozen model; every state of them, by step.
 
     Args:
         null: the null prompt.
@@ -175,7 +162,6 @@ def sample_states(
         parts.append(states_at(x, levels, x0, wanted.index))
         x0 = x0.unflatten(0, (1 + along, count))
         x = euler_step(x, x0[0], x0[1 + driver, lane], sigma, sigma_next, sampling.guidance_scale)
-        yield x0.shape[0] * count
     return States.join(parts)
 
 
@@ -221,3 +207,110 @@ def check_finite(x0: Tensor, sigma: float) -> None:
             "can be learned from it. Check that the checkpoint draws normal pictures; if it was "
             "loaded in fp16 or fp8, try loading it in bf16 or fp32."
         )
+
+
+def sample_pairs(given: Given, count: int, stage: str) -> States:
+    """States of the prompt pairs, from ``count`` trajectories.
+
+    Args:
+        stage: what to call it, in words.
+    """
+    shape = given.model.latent_shape(given.settings.resolution)
+    driven_by = given.settings.driven_by
+    return _sampled(
+        given, draw_pairs(given.prompts.pairs, count, shape, given.random, driven_by), stage
+    )
+
+
+def sample_held_out(given: Given) -> States | None:
+    """States to check on; None where nothing is sampled.
+
+    Raises:
+        TrainingError: the guidance of the concepts and their alternatives is the same.
+    """
+    if not given.settings.samples:
+        return None
+    _, checking = trajectory_counts(given.settings)
+    states = sample_pairs(given, checking, "Sampling states to check on")
+    _refuse_if_nothing_to_move(given.settings, states)
+    return states
+
+
+def sample_to_train_on(
+    given: Given, sampled: States | None = None, per_concept: int | None = None
+) -> States:
+    """States to train on.
+
+    Args:
+        sampled: those among them that there are already.
+        per_concept: from how many trajectories for each concept; None for all.
+    """
+    settings = given.settings
+    most, _ = trajectory_counts(settings)
+    if per_concept is not None:
+        most = min(most, per_concept * len(settings.concepts))
+    if sampled is not None:
+        most -= len(sampled) // settings.sampling_steps
+        if not most:
+            return sampled
+    more = sample_pairs(given, most, "Sampling states")
+    return more if sampled is None else States.join([sampled, more])
+
+
+def sample_kept(given: Given) -> States | None:
+    """States of what the soft form holds; None in the hard form."""
+    kept = given.prompts.held
+    if given.settings.form != "soft" or not kept:
+        return None
+    shape = given.model.latent_shape(given.settings.resolution)
+    noise = torch.randn(len(kept), *shape, generator=given.random)
+    wanted = Trajectories([[k] for k in kept], [0] * len(kept), range(len(kept)), noise)
+    return _sampled(given, wanted, "Sampling states to keep")
+
+
+def _sampled(given: Given, wanted: Trajectories, stage: str) -> States:
+    settings, model = given.settings, given.model
+    given.meter.say(stage)
+    sampling = Sampling(model.sigmas(settings.sampling_steps).cpu(), settings.guidance_scale)
+    return States.join(
+        [
+            sample_states(
+                model, given.prompts.null, wanted[start : start + settings.batch], sampling
+            )
+            for start in range(0, len(wanted), settings.batch)
+        ]
+    )
+
+
+def _refuse_if_nothing_to_move(settings: EraseSettings, states: States) -> None:
+    distance = (states.g_erased - states.g_alternative).double().square().sum()
+    if distance <= 1e-12 * states.g_erased.double().square().sum():
+        raise TrainingError(
+            f"The model already draws {settings.concepts[0].text!r} like its replacement: there is "
+            "no guidance to change. Check the spelling, or name a different alternative."
+        )
+
+
+def balanced_states(states: States, pairs: Sequence[EncodedPair], wanted: int) -> States:
+    """``wanted`` of the states, evenly over the concepts and each concept's noise levels.
+
+    In order of falling noise.
+    """
+    concept = torch.tensor([pairs[i].concept for i in states.index.tolist()])
+    groups = [(concept == c).nonzero().flatten() for c in concept.unique()]
+    chosen = []
+    for number, members in enumerate(groups):
+        share = (number + 1) * wanted // len(groups) - number * wanted // len(groups)
+        by_sigma = members[states.sigma[members].argsort(descending=True, stable=True)]
+        chosen.append(by_sigma[middles(len(members), min(share, len(members)))])
+    index = torch.cat(chosen)
+    return states[index[states.sigma[index].argsort(descending=True, stable=True)]]
+
+
+def middles(count: int, wanted: int) -> Tensor:
+    """``wanted`` indices below ``count``, each in the middle of its share of the range.
+
+    Not the ends: at the lowest noise level x0 is x but for rounding, and a drift taken there would
+    be the rounding's.
+    """
+    return ((torch.arange(wanted) + 0.5) * count / wanted).long()

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..method.encoded import EncodedPair
 from ..method.guidance import (
     SigmaWeight,
     guidance_term,
@@ -20,11 +22,14 @@ from ..method.guidance import (
     weighted_error,
 )
 from ..model.activations import Recompute, SavedBytes
-from ..model.denoiser import Denoiser, Encoded, LowRankEdit
+from ..model.denoiser import Denoiser
 from ..model.gradient import check_gradient, smaller_scale
+from ..model.low_rank import LowRankEdit
 from ..model.memory import ADVICE, Fit, Need, advice_instead, out_of_memory
+from ..model.prompt import Encoded
 from ..settings.settings import EraseSettings
-from .states import EncodedPair, States
+from .meter import TrainingError
+from .states import States
 
 WARMUP_SHARE = 0.1
 FINAL_RATE = 0.05
@@ -32,10 +37,6 @@ FINAL_RATE = 0.05
 LOSS_SCALE = 1024.0
 # States at which the gradient is checked, at most; one nearly always is enough.
 CHECKED_PLACES = 3
-
-
-class TrainingError(RuntimeError):
-    """Training can't go on, or there is nothing to train."""
 
 
 class DivergedError(TrainingError):
@@ -51,8 +52,8 @@ class Ridge:
 
     Args:
         weight: how much it counts in the loss.
-        matrices: W by name, (out, width), all of which read what M is of.
-        moment: M, (width, width).
+        matrices: W by name, (out, size), as far as they read what M is of.
+        moment: M, (size, size); what a matrix reads behind that isn't protected.
         device: where edits are.
     """
 
@@ -73,7 +74,8 @@ class Ridge:
         for name, scale in self._scale.items():
             factor, basis = edit.factors[name], edit.bases[name]
             if id(basis) not in inner:
-                inner[id(basis)] = basis.T @ self._moment @ basis
+                read = basis[: len(self._moment)]
+                inner[id(basis)] = read.T @ self._moment @ read
             terms.append(((factor @ inner[id(basis)]) * factor).sum() * scale)
         return self._weight * torch.stack(terms).mean()
 
@@ -177,7 +179,7 @@ class SurgeryTrainer:
             with self._denoiser.around_blocks(saved), saved.counting():
                 self._loss_at(*self._far_states(1), edit)
         need = Need.counted(saved)
-        free = self._denoiser.room(Fit().needs(need, batch))
+        free = self._denoiser.free_memory(Fit().needs(need, batch))
         self.fit = Fit.into(free, need, batch)
         self._estimate = {
             "needed_whole": Fit().needs(need, batch),
@@ -387,16 +389,13 @@ class SurgeryTrainer:
             "model in bf16 or fp32."
         )
 
-    def run(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[float]:
-        """All steps, yielding the surgery loss of each; ends early when ``should_stop()``."""
+    def batches(self) -> Iterator[Tensor]:
+        """States for each of the steps, (batch,); the concepts take turns."""
         concepts = [
             (self._concepts == concept).nonzero().flatten() for concept in self._concepts.unique()
         ]
-        batches = draws(concepts, self._settings.batch, self._settings.seed)
-        for _ in range(self._settings.steps):
-            if should_stop():
-                return
-            yield self.step(next(batches))
+        endless = draws(concepts, self._settings.batch, self._settings.seed)
+        return islice(endless, self._settings.steps)
 
     def result(self) -> LowRankEdit:
         """The edit so far, detached."""

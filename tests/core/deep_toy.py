@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from concept_surgery.erase_core.files.fingerprint import fingerprint
-from concept_surgery.erase_core.model.denoiser import LowRankSidePath
+from concept_surgery.erase_core.model.low_rank import LowRankSidePath
 from torch import nn
 
 from .toy import CHANNELS, WIDTH, ToyDenoiser
@@ -42,6 +42,7 @@ class DeepToy(ToyDenoiser):
             for number, block in enumerate(self.blocks)
             for which in ("key", "value")
         }
+        self.names = self._trained.keys()
         self._side_path = LowRankSidePath(self._trained)
         self.base = {"name": "deep toy", "fingerprint": fingerprint(self.matrices())}
 

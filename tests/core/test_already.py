@@ -4,9 +4,9 @@ import pytest
 import torch
 from concept_surgery.erase_core import SubspaceError, erase, preset_settings
 from concept_surgery.erase_core.method.already import told_apart, usual_gains
-from concept_surgery.erase_core.method.closed_form import Metric, TokenEdit
+from concept_surgery.erase_core.method.closed_form import Metric, TokenTargets
 from concept_surgery.erase_core.method.language import Words
-from concept_surgery.erase_core.run.engine import refuse_if_too_little_moves
+from concept_surgery.erase_core.run.erase import refuse_if_too_little_moves
 
 from .toy import ToyDenoiser
 
@@ -14,8 +14,8 @@ QUICK = {"captions": 40, "protection": None}
 
 
 def run(toy, concepts, preset="instant", **values):
-    *_, last = erase(preset_settings(preset, concepts=concepts, **{**QUICK, **values}), toy)
-    return last.erasure
+    last = erase(preset_settings(preset, concepts=concepts, **{**QUICK, **values}), toy)
+    return last
 
 
 def with_erasure(concepts, strength=1.0, **values):
@@ -66,7 +66,7 @@ def test_words_that_are_nearly_the_same_are_not_taken_for_erased():
     words = Words(tuple(map(str, range(12))), rows, torch.tensor([1.0, 1, 1, 1, 7]))
     metric = Metric.of({"k": weight}, torch.eye(24).double())
     source = torch.randn(10, 24, generator=generator)
-    near, far = (TokenEdit(source, source + s * rows[0][:1]) for s in (1e-3, 1.0))
+    near, far = (TokenTargets(source, source + s * rows[0][:1]) for s in (1e-3, 1.0))
     assert told_apart(near, metric, words) == pytest.approx(
         told_apart(far, metric, words), rel=1e-3
     )

@@ -18,7 +18,8 @@ from concept_surgery.erase_core.method.language import Language, Words
 from concept_surgery.erase_core.method.protection import HARM, RUIN
 from concept_surgery.erase_core.method.reading import things
 from concept_surgery.erase_core.method.subspace import SubspaceError
-from concept_surgery.erase_core.model.denoiser import Encoded, LowRankEdit
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
+from concept_surgery.erase_core.model.prompt import Encoded
 
 from .test_linear_algebra import WIDTH, Regression, rows
 from .toy import ToyDenoiser
@@ -181,8 +182,8 @@ INSTANT = {"concepts": "cat => dog", "captions": 40}
 
 
 def finished(denoiser, preset="instant", **values):
-    *_, last = erase(preset_settings(preset, **{**INSTANT, **values}), denoiser)
-    return last.erasure
+    last = erase(preset_settings(preset, **{**INSTANT, **values}), denoiser)
+    return last
 
 
 def test_a_run_without_predictions_reports_its_witnesses():

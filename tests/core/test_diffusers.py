@@ -40,12 +40,12 @@ MATRICES = {
 
 def random_erasure(family: str) -> Erasure:
     values = {"captions": 40, "trajectories": 0, "steps": 0, "resolution": 32}
-    *_, last = erase(preset_settings("instant", concepts="cat", **values), ToyDenoiser())
+    last = erase(preset_settings("instant", concepts="cat", **values), ToyDenoiser())
     generator, bases, factors = torch.Generator().manual_seed(0), {}, {}
     for name, ((rows, width), _) in MATRICES[family].items():
         bases[name] = torch.linalg.qr(torch.randn(width, RANK, generator=generator))[0]
         factors[name] = torch.randn(rows, RANK, generator=generator)
-    return Erasure(bases, factors, {**last.erasure.record, "family": family, "rank": RANK})
+    return Erasure(bases, factors, {**last.record, "family": family, "rank": RANK})
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ from itertools import combinations
 
 import pytest
 import torch
-from concept_surgery.erase_core.model.denoiser import Encoded
-from concept_surgery.erase_core.run.measure import CountedDenoiser
+from concept_surgery.erase_core.model.prompt import Encoded
 from concept_surgery.erase_core.settings.prompts import PromptPair, prompt_pairs
 
+from benchmarks.counted import CountedDenoiser
 from benchmarks.erasure import ablations, metrics, recovery
 from benchmarks.erasure.cases import REPORTED, TUNED, Case
 from benchmarks.erasure.methods import esd, ileco, leco, ours, speed, subspaces, uce

@@ -4,9 +4,9 @@ from statistics import median
 
 import pytest
 import torch
-from concept_surgery.erase_core import GradientError, erase, preset_settings
-from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core import GradientError, Meter, erase, preset_settings
 from concept_surgery.erase_core.model.gradient import MOST_APART, check_gradient
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
 from concept_surgery.erase_core.run import trainer
 
 from .toy import ToyDenoiser
@@ -16,7 +16,7 @@ SMALL = {"resolution": 32, "captions": 40, "trajectories": 8, "sampling_steps": 
 
 def record_of(toy, **values):
     settings = preset_settings("balanced", **{"concepts": "cat => dog", **SMALL, **values})
-    return list(erase(settings, toy))[-1].erasure.record
+    return erase(settings, toy).record
 
 
 class ScaledGradient(torch.autograd.Function):
@@ -210,13 +210,12 @@ def test_the_soft_form_needs_the_gradient_of_the_bases_too():
 def test_the_check_costs_five_after_one_for_the_memory_and_touches_nothing():
     # At this seed's state the first step of the difference will do.
     settings = preset_settings("balanced", concepts="cat => dog", seed=1, **SMALL)
-    toy, stages, spent = ToyDenoiser(), [], {}
-    for event in erase(settings, toy):
-        stages.append(getattr(event, "stage", ""))
-        spent.setdefault(stages[-1], toy.calls)
-    first = spent["Training, step 1 of 2"] - spent["Checking the gradient"]
-    assert first == 1 + 5 + 3 * settings.batch
-    assert event.erasure.record["forward_equivalents"] == toy.calls
+    toy, spent = ToyDenoiser(), {}
+    report = lambda progress: spent.setdefault(progress.stage, toy.calls)  # noqa: E731
+    record = erase(settings, toy, Meter(report)).record
+    assert spent["Training, step 1 of 2"] - spent["Checking the gradient"] == 1 + 5
+    assert spent["Training, step 2 of 2"] - spent["Training, step 1 of 2"] == 3 * settings.batch
+    assert record["forward_equivalents"] == toy.calls
 
 
 def test_overflow_of_scaled_gradients_is_scaled_down():

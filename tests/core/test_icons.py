@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from concept_surgery.erase_core.model.activations import Recompute, SavedBytes
-from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
 
 from benchmarks.emoji.words import OBJECTS
 from benchmarks.emoji.words import STYLES as STYLES_OF_THE_FIRST

@@ -7,12 +7,12 @@ import pytest
 import torch
 from concept_surgery.erase_core import (
     EraseSettings,
-    Finished,
+    Meter,
     PredictionError,
     erase,
-    identity,
     preset_settings,
 )
+from concept_surgery.erase_core.artefact import identity
 from concept_surgery.erase_core.artefact.identity import (
     REUSE,
     SUMMED_WORDS,
@@ -155,18 +155,20 @@ def test_samples_are_from_the_middle_and_come_over_together():
 
 def run(toy, results, reuse=REUSE[0], should_stop=lambda: False, **values):
     asked = preset_settings("balanced", **{"concepts": "cat => dog", **SMALL, **values})
-    return list(erase(asked, toy, None, should_stop, results, reuse))
+    seen, meter = [], Meter(lambda progress: seen.append(progress), should_stop)
+    erasure = erase(asked, toy, meter, results=results, reuse=reuse)
+    return [*seen, erasure, meter.reused]
 
 
 def test_the_second_run_makes_no_prediction_and_reads_no_captions():
     results = {}
-    first = run(ToyDenoiser(), results)[-1]
-    assert list(results.values()) == [first.erasure] and not first.stored
+    *_, first, reused = run(ToyDenoiser(), results)
+    assert list(results.values()) == [first] and not reused
     toy = ToyDenoiser()
-    *progress, again = run(toy, results)
+    *progress, again, reused = run(toy, results)
     assert toy.calls == 0 and len(progress) == 1
-    assert again == Finished(first.erasure, first.losses, stored=True)
-    assert not run(toy, results, seed=1)[-1].stored and toy.calls and len(results) == 2
+    assert again is first and reused
+    assert not run(toy, results, seed=1)[-1] and toy.calls and len(results) == 2
 
 
 def test_another_model_is_trained_on():
@@ -174,7 +176,7 @@ def test_another_model_is_trained_on():
     run(ToyDenoiser(), results)
     toy = ToyDenoiser()
     toy.identity = "71"
-    assert not run(toy, results)[-1].stored
+    assert not run(toy, results)[-1]
 
 
 def test_train_again_replaces_and_use_only_never_trains():
@@ -182,13 +184,13 @@ def test_train_again_replaces_and_use_only_never_trains():
     with pytest.raises(NoStoredResultError, match="'use only' forbids to train"):
         run(toy, results, "use only")
     assert toy.calls == 0 and not results
-    first = run(toy, results)[-1]
-    assert run(toy, results, "use only")[-1].stored
+    first = run(toy, results)[-2]
+    assert run(toy, results, "use only")[-1]
     calls = toy.calls
-    again = run(toy, results, "train again")[-1]
-    assert toy.calls == 2 * calls and not again.stored
+    *_, again, reused = run(toy, results, "train again")
+    assert toy.calls == 2 * calls and not reused
     (stored,) = results.values()
-    assert stored is again.erasure is not first.erasure
+    assert stored is again is not first
     with pytest.raises(ValueError, match="Unknown choice 'maybe'"):
         run(toy, results, "maybe")
 
@@ -196,12 +198,12 @@ def test_train_again_replaces_and_use_only_never_trains():
 def test_what_was_stopped_before_its_end_is_stored_but_not_served():
     results, toy = {}, ToyDenoiser()
     answers = iter([False] * 2 + [True])
-    stopped = run(toy, results, should_stop=lambda: next(answers))[-1]
-    assert list(results.values()) == [stopped.erasure]
+    stopped = run(toy, results, should_stop=lambda: next(answers))[-2]
+    assert list(results.values()) == [stopped]
     with pytest.raises(NoStoredResultError):
         run(toy, results, "use only")
-    assert not run(toy, results)[-1].stored
-    assert run(toy, results)[-1].stored
+    assert not run(toy, results)[-1]
+    assert run(toy, results)[-1]
 
 
 def test_an_error_stores_nothing():

@@ -9,8 +9,8 @@ from concept_surgery.erase_core.files.disk import write_safetensors
 from concept_surgery.erase_core.method.language import (
     SHRINKAGE,
     WITNESS_ROWS,
-    pooled_moment,
     read_language,
+    read_moment,
     shrunk,
     unknown_share,
 )
@@ -23,11 +23,11 @@ from concept_surgery.erase_core.method.reading import (
     choose_reading,
     common_tags,
     in_phrases,
-    naming,
     plain_captions,
     things,
+    those_naming,
 )
-from concept_surgery.erase_core.model.denoiser import Encoded
+from concept_surgery.erase_core.model.prompt import POOLED, Encoded
 
 from .toy import TOKENS, WIDTH, ToyDenoiser
 
@@ -81,14 +81,6 @@ class WholeWordToy(ListingToy):
         return found
 
 
-def end_of(generator):
-    while True:
-        try:
-            next(generator)
-        except StopIteration as end:
-            return end.value
-
-
 def words_of(texts):
     return set(re.findall(r"\w+", " ".join(texts).casefold()))
 
@@ -121,7 +113,7 @@ def test_witnesses_are_in_nothing_that_is_protected(toy, count):
     assert len(held_out) == len(set(held_out)) == WITNESSES
     assert set(held_out) <= set(things())
     assert not set(held_out) & words_of(reading.protected)
-    assert naming(captions, held_out) == []
+    assert those_naming(captions, held_out) == []
 
 
 def test_where_captions_name_most_words_the_others_are_witnesses_first():
@@ -183,8 +175,8 @@ def test_it_is_told_how_much_of_the_captions_is_unknown():
     assert unknown_share(toy, [""]) == 0
     assert unknown_share(ToyDenoiser(), ["a photo of zebras"]) == 0
     values = {"concepts": f"{things()[0]} => {things()[1]}", "captions": 40}
-    *_, last = erase(preset_settings("instant", **values), toy)
-    (warning,) = [w for w in last.erasure.record["warnings"] if "text encoder knows only" in w]
+    last = erase(preset_settings("instant", **values), toy)
+    (warning,) = [w for w in last.record["warnings"] if "text encoder knows only" in w]
     told = unknown_share(toy, plain_captions(64))
     assert told > 0.5 and f"knows only {1 - told:.0%} of the words" in warning
 
@@ -199,7 +191,7 @@ def brute_force(prompts):
 def test_the_moment_is_the_mean_over_prompts_however_long(toy):
     denoiser = toy()
     reading = choose_reading(denoiser, CAPTIONS, "object")
-    language = end_of(read_language(denoiser, reading))
+    language = read_language(denoiser, reading)
     expected = brute_force(denoiser.encode(reading.protected, together=True))
     torch.testing.assert_close(language.moment, expected, rtol=1e-5, atol=1e-6)
     assert language.moment.dtype == torch.float64
@@ -211,24 +203,24 @@ def test_prompts_that_name_a_concept_count_as_if_they_had_never_been_there(toy):
     denoiser, cache, named = toy(), {}, ["cat", "volcano"]
     captions = plain_captions()
     reading = choose_reading(denoiser, captions, "object")
-    left_out = naming(reading.protected, named)
+    left_out = those_naming(reading.protected, named)
     assert "a cat burglar tiptoeing along a roof ridge" in left_out
     assert any("volcano" in text for text in left_out[-3:])
     rest = [text for text in reading.protected if text not in left_out]
     expected = brute_force(denoiser.encode(rest, together=True))
-    whole = end_of(read_language(denoiser, reading, cache)).moment
+    whole = read_language(denoiser, reading, cache).moment
     for _ in range(2):
-        found = end_of(read_language(denoiser, reading, cache, named)).moment
+        found = read_language(denoiser, reading, cache, named).moment
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
         assert (found - whole).norm() > 1e-3 * whole.norm()
     assert len(cache) == 3
 
 
 def test_names_are_found_as_words_of_their_own():
-    assert not naming(["a category", "concatenate"], ["cat"])
-    assert naming(["two Cats", "cat, cute"], ["cat"]) == ["two Cats", "cat, cute"]
-    assert naming(["saber \\(fate\\), armour"], ["saber \\(fate\\)"])
-    named = naming(plain_captions(), ["cat", "Van Gogh"])
+    assert not those_naming(["a category", "concatenate"], ["cat"])
+    assert those_naming(["two Cats", "cat, cute"], ["cat"]) == ["two Cats", "cat, cute"]
+    assert those_naming(["saber \\(fate\\), armour"], ["saber \\(fate\\)"])
+    named = those_naming(plain_captions(), ["cat", "Van Gogh"])
     assert any("van Gogh" in caption for caption in named)
     assert all("cat" in c.lower() or "van gogh" in c.lower() for c in named)
 
@@ -236,27 +228,27 @@ def test_names_are_found_as_words_of_their_own():
 def test_language_is_read_once_for_each_encoder_and_reading():
     toy, cache = CountingToy(), {}
     reading = choose_reading(toy, CAPTIONS, "object")
-    first = end_of(read_language(toy, reading, cache))
+    first = read_language(toy, reading, cache)
     (key,) = [key for key in cache if "-" not in key]
     assert set(cache) == {key, f"{key}-words", f"{key}-witnesses"}
     toy.asked.clear()
-    again = end_of(read_language(toy, reading, cache))
+    again = read_language(toy, reading, cache)
     assert len(toy.asked) == 4  # the probes that tell encoders apart
     assert torch.equal(first.moment, again.moment) and first.unknown == again.unknown
     for one, other in ((first.vocabulary, again.vocabulary), (first.witnesses, again.witnesses)):
         assert one.texts == other.texts and torch.equal(one.rows, other.rows)
         assert torch.equal(one.counts, other.counts)
-    end_of(read_language(toy, choose_reading(toy, CAPTIONS[:-1], "object"), cache))
+    read_language(toy, choose_reading(toy, CAPTIONS[:-1], "object"), cache)
     assert len(cache) == 6
     less = Reading(reading.protected, reading.words, reading.witnesses[:-1])
-    end_of(read_language(toy, less, cache))
+    read_language(toy, less, cache)
     assert len(cache) == 9
 
     class OtherToy(CountingToy):
         def _embed(self, ids):
             return super()._embed(ids) * 1.001
 
-    end_of(read_language(OtherToy(), reading, cache))
+    read_language(OtherToy(), reading, cache)
     assert len(cache) == 12
 
 
@@ -265,7 +257,7 @@ def test_language_is_read_once_for_each_encoder_and_reading():
 def test_an_entry_that_is_gone_or_not_finite_is_read_anew(part, amiss):
     toy, cache = CountingToy(), {}
     reading = choose_reading(toy, CAPTIONS, "object")
-    first = end_of(read_language(toy, reading, cache))
+    first = read_language(toy, reading, cache)
     (key,) = [key for key in cache if key == f"{key[:32]}{part}"]
     if amiss is None:
         del cache[key]
@@ -273,7 +265,7 @@ def test_an_entry_that_is_gone_or_not_finite_is_read_anew(part, amiss):
         cache[key] = cache[key].clone()
         cache[key].view(-1)[3] = amiss
     toy.asked.clear()
-    again = end_of(read_language(toy, reading, cache))
+    again = read_language(toy, reading, cache)
     assert len(toy.asked) > len(reading.protected)
     assert torch.equal(first.moment, again.moment)
     assert torch.equal(first.witnesses.rows, again.witnesses.rows)
@@ -284,7 +276,7 @@ def test_an_entry_that_is_gone_or_not_finite_is_read_anew(part, amiss):
 def test_words_have_the_rows_of_their_last_token_and_of_the_end(toy):
     denoiser = toy()
     reading = choose_reading(denoiser, CAPTIONS, "object")
-    found = end_of(read_language(denoiser, reading)).vocabulary
+    found = read_language(denoiser, reading).vocabulary
     assert found.texts == tuple(word for word, _ in reading.words)
     assert found.rows.shape == (len(found.texts), 2, WIDTH) and found.counts.tolist() == [1, 1]
     for number, (word, text) in list(enumerate(reading.words))[:14]:
@@ -303,7 +295,7 @@ def test_rows_of_witnesses_count_for_the_padding_that_was_left_out():
         (LongToy(), WITNESS_ROWS, [1.0] * (WITNESS_ROWS - 1) + [TOKENS + 28 - WITNESS_ROWS + 1.0]),
         (ToyDenoiser(), TOKENS, [1.0] * TOKENS),
     ):
-        found = end_of(read_language(toy, choose_reading(toy, CAPTIONS, "object"))).witnesses
+        found = read_language(toy, choose_reading(toy, CAPTIONS, "object")).witnesses
         assert found.rows.shape == (WITNESSES, rows, WIDTH)
         assert found.counts.tolist() == counts
 
@@ -311,7 +303,7 @@ def test_rows_of_witnesses_count_for_the_padding_that_was_left_out():
 @pytest.mark.parametrize("toy", [ToyDenoiser, RaggedToy])
 def test_what_is_kept_can_be_written_to_a_file(toy, tmp_path):
     denoiser, cache = toy(), {}
-    end_of(read_language(denoiser, choose_reading(denoiser, CAPTIONS, "object"), cache))
+    read_language(denoiser, choose_reading(denoiser, CAPTIONS, "object"), cache)
     for key, rows in cache.items():
         write_safetensors(tmp_path / key, {"moment": rows}, {})
     assert len(list(tmp_path.iterdir())) == 3
@@ -320,7 +312,7 @@ def test_what_is_kept_can_be_written_to_a_file(toy, tmp_path):
 def test_rows_of_witnesses_count_once_where_nothing_is_padded():
     toy = RaggedToy()
     reading = choose_reading(toy, CAPTIONS, "object")
-    found = end_of(read_language(toy, reading)).witnesses
+    found = read_language(toy, reading).witnesses
     assert found.counts.tolist() == [1.0] * 7  # start a photo of a word end
     for (_, text), rows in zip(reading.witnesses[:5], found.rows[:5], strict=True):
         (prompt,) = toy.encode([text])
@@ -331,21 +323,21 @@ def test_rows_of_witnesses_count_once_where_nothing_is_padded():
 
 def test_the_moment_of_pooled_vectors_is_their_mean():
     toy, cache, prompts = RaggedToy(), {}, plain_captions(60)
-    found = end_of(pooled_moment(toy, prompts, cache))
+    found = read_moment(toy, prompts, POOLED, cache)
     rows = torch.stack([prompt.pooled for prompt in toy.encode(prompts)]).double()
     torch.testing.assert_close(found, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
-    named = naming(prompts, ["woman"])
+    named = those_naming(prompts, ["woman"])
     assert named
     rest = [text for text in prompts if text not in named]
     rows = torch.stack([prompt.pooled for prompt in toy.encode(rest)]).double()
     toy.asked.clear()
-    found = end_of(pooled_moment(toy, prompts, cache, ["woman"]))
+    found = read_moment(toy, prompts, POOLED, cache, ["woman"])
     torch.testing.assert_close(found, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
     assert toy.asked[4:] == named
     (key,) = cache
     assert key.endswith("-pooled")
     cache[key] = cache[key] * float("nan")
-    assert end_of(pooled_moment(toy, prompts, cache)).isfinite().all()
+    assert read_moment(toy, prompts, POOLED, cache).isfinite().all()
 
 
 def test_a_shrunk_moment_has_a_share_that_is_alike_in_all_directions():
@@ -380,10 +372,10 @@ def test_a_shrunk_moment_has_a_share_that_is_alike_in_all_directions():
 def test_what_has_another_shape_than_it_must_is_read_anew(part, change):
     toy, cache = ListingToy(), {}
     reading = choose_reading(toy, CAPTIONS, "object")
-    first = end_of(read_language(toy, reading, cache))
+    first = read_language(toy, reading, cache)
     (key,) = [key for key in cache if key == f"{key[:32]}{part}"]
     right, cache[key] = cache[key], change(cache[key])
-    again = end_of(read_language(toy, reading, cache))
+    again = read_language(toy, reading, cache)
     assert torch.equal(again.moment, first.moment) and torch.equal(cache[key], right)
     assert torch.equal(again.vocabulary.rows, first.vocabulary.rows)
     assert torch.equal(again.witnesses.rows, first.witnesses.rows)
@@ -392,10 +384,10 @@ def test_what_has_another_shape_than_it_must_is_read_anew(part, change):
 @pytest.mark.parametrize("change", [lambda rows: rows[1:], lambda rows: rows[:1, :1], torch.neg])
 def test_a_pooled_moment_of_another_shape_is_read_anew(change):
     toy, cache, prompts = RaggedToy(), {}, plain_captions(20)
-    first = end_of(pooled_moment(toy, prompts, cache))
+    first = read_moment(toy, prompts, POOLED, cache)
     (key,) = cache
     cache[key] = change(cache[key])
-    assert torch.equal(end_of(pooled_moment(toy, prompts, cache)), first)
+    assert torch.equal(read_moment(toy, prompts, POOLED, cache), first)
     assert torch.equal(cache[key], first)
 
 
@@ -409,8 +401,8 @@ class OtherPooledToy(RaggedToy):
 
 def test_a_pooled_moment_is_of_the_encoder_that_gives_the_pooled_vectors():
     cache, prompts = {}, plain_captions(20)
-    one = end_of(pooled_moment(RaggedToy(), prompts, cache))
-    other = end_of(pooled_moment(OtherPooledToy(), prompts, cache))
+    one = read_moment(RaggedToy(), prompts, POOLED, cache)
+    other = read_moment(OtherPooledToy(), prompts, POOLED, cache)
     assert len(cache) == 2
     torch.testing.assert_close(other, one.flip(0, 1))
 
@@ -418,12 +410,12 @@ def test_a_pooled_moment_is_of_the_encoder_that_gives_the_pooled_vectors():
 def test_what_another_version_cached_is_not_used(monkeypatch):
     toy, cache = ListingToy(), {}
     reading = choose_reading(toy, CAPTIONS, "object")
-    end_of(read_language(toy, reading, cache))
-    end_of(pooled_moment(RaggedToy(), CAPTIONS, cache))
+    read_language(toy, reading, cache)
+    read_moment(RaggedToy(), CAPTIONS, POOLED, cache)
     before = set(cache)
     monkeypatch.setattr(f"{read_language.__module__}.VERSION", "0.0.0", raising=False)
-    end_of(read_language(toy, reading, cache))
-    end_of(pooled_moment(RaggedToy(), CAPTIONS, cache))
+    read_language(toy, reading, cache)
+    read_moment(RaggedToy(), CAPTIONS, POOLED, cache)
     assert len(cache) == 2 * len(before) == 8
 
 
@@ -432,5 +424,5 @@ def test_the_key_tells_lists_apart_that_read_alike():
     for captions in (["a cat\na dog", "a boat"], ["a cat", "a dog\na boat"]):
         reading = Reading(tuple(captions), (), ())
         toy.encode = lambda prompts, together=False: [same for _ in prompts]
-        end_of(read_language(toy, reading, cache))
+        read_language(toy, reading, cache)
     assert len(cache) == 6

@@ -15,7 +15,7 @@ from concept_surgery.erase_core.method.closed_form import (
     MOST_COLUMNS,
     EditRegression,
     Metric,
-    TokenEdit,
+    TokenTargets,
 )
 from concept_surgery.erase_core.method.subspace import (
     KEEP_FLOOR,
@@ -25,7 +25,7 @@ from concept_surgery.erase_core.method.subspace import (
     leakage,
     remove_span,
 )
-from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
 from concept_surgery.erase_core.run.trainer import Ridge
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,7 +96,7 @@ class Regression:
     def __init__(self, seed: int, concepts: int, exact: int, ridge: float) -> None:
         self.weights = {f"m{i}": rows(20 + i, seed + 50 + i) for i in range(3)}
         self.edits = [
-            TokenEdit(rows(40, seed + 2 * i + 100), rows(40, seed + 2 * i + 101))
+            TokenTargets(rows(40, seed + 2 * i + 100), rows(40, seed + 2 * i + 101))
             for i in range(concepts)
         ]
         self.exact = rows(exact, seed + 1)
@@ -180,7 +180,7 @@ def test_the_search_for_directions_ends_at_the_dense_optimum(ridge, rank):
     )
     moment = tokens.double().T @ tokens.double() / len(tokens)
     basis = extend_basis(torch.zeros(width, 0, dtype=torch.float64), exact)
-    edit = TokenEdit(source, target)
+    edit = TokenTargets(source, target)
     found = EditRegression([edit], basis, moment, {"w": weight}).solve(ridge, rank)
     seen = source.double().numpy()
     inner = seen.T @ seen / count + max(ridge, FLOOR) * moment.numpy()
@@ -214,7 +214,7 @@ def test_the_basis_is_orthogonal_to_rounding_whatever_the_embeddings_share(decay
     basis = extend_basis(torch.zeros(width, 0, dtype=torch.float64), exact)
     moment = tokens.double().T @ tokens.double() / len(tokens)
     weights = {"w": torch.randn(300, width, generator=generator)}
-    problem = EditRegression([TokenEdit(source, target)], basis, moment, weights)
+    problem = EditRegression([TokenTargets(source, target)], basis, moment, weights)
     for ridge in (0.0, 0.03, 30.0):
         found = problem.solve(ridge, 12)
         assert leakage(found.basis, exact) < 1e-15
@@ -224,7 +224,7 @@ def test_the_basis_is_orthogonal_to_rounding_whatever_the_embeddings_share(decay
 
 def test_an_edit_of_one_direction_takes_one_column():
     case = Regression(5, 1, 4, 1.0)
-    edit = TokenEdit(rows(1, 8).repeat(40, 1), rows(1, 9).repeat(40, 1))
+    edit = TokenTargets(rows(1, 8).repeat(40, 1), rows(1, 9).repeat(40, 1))
     found = EditRegression([edit], case.basis, case.moment, case.weights).solve(1.0, 8)
     assert found.basis.shape == (WIDTH, 1) and leakage(found.basis, case.exact) < 1e-12
     assert 0.5 < found.moved[0] <= 1
@@ -232,7 +232,7 @@ def test_an_edit_of_one_direction_takes_one_column():
 
 def test_an_edit_that_the_exact_set_hides_moves_nothing():
     case = Regression(5, 1, 4, 1.0)
-    edit = TokenEdit(case.exact, rows(4, 9))
+    edit = TokenTargets(case.exact, rows(4, 9))
     found = EditRegression([edit], case.basis, case.moment, case.weights).solve(1.0, 8)
     assert abs(found.moved[0]) < 1e-6 and found.harm < 1e-6
     assert leakage(found.basis, case.exact) < 1e-12
@@ -383,6 +383,6 @@ def test_a_moment_of_few_captions_that_was_rounded_still_gives_a_solution():
     assert torch.linalg.eigvalsh(moment.double())[0] < -FLOOR * moment.diagonal().mean()
     exact = exact_set([target - source], [null], []).basis
     weights = {"k": torch.randn(30, width, generator=generator)}
-    regression = EditRegression([TokenEdit(source, target)], exact, moment, weights)
+    regression = EditRegression([TokenTargets(source, target)], exact, moment, weights)
     solution = regression.solve(0.03, 16)
     assert solution.moved[0] > 0.5 and leakage(solution.basis, null) < 1e-12

@@ -4,6 +4,7 @@ import pytest
 import torch
 from concept_surgery.erase_core import (
     GradientError,
+    Meter,
     Progress,
     TrainingError,
     erase,
@@ -16,6 +17,7 @@ from concept_surgery.erase_core.run.trainer import SurgeryTrainer
 
 from .deep_toy import DeepToy
 from .small_device import SmallDevice
+from .toy import watched
 
 SMALL = {"resolution": 128, "captions": 40, "trajectories": 4, "sampling_steps": 4, "steps": 6}
 SOFT = {"form": "soft", "keep": ("a tree",)}
@@ -24,7 +26,7 @@ EVERY_FORM = pytest.mark.parametrize("values", [{}, SOFT], ids=["hard", "soft"])
 
 def run(toy, **values):
     given = {"concepts": "cat => dog", "protection": 1.0, **SMALL, **values}
-    return list(erase(preset_settings("balanced", **given), toy))
+    return watched(preset_settings("balanced", **given), toy)
 
 
 @pytest.fixture
@@ -129,11 +131,11 @@ def test_the_estimate_chooses_and_the_report_says_why_and_what_it_costs():
     *_, plain = run(usual, batch=4)
     tight.free = 1
     *progress, recomputed = run(tight, batch=4)
-    assert recomputed.losses == pytest.approx(plain.losses, rel=1e-3)
-    for name in plain.erasure.factors:
-        ours, theirs = recomputed.erasure.delta(name), plain.erasure.delta(name)
+    assert recomputed.record["losses"] == pytest.approx(plain.record["losses"], rel=1e-3)
+    for name in plain.factors:
+        ours, theirs = recomputed.delta(name), plain.delta(name)
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
-    record, before = recomputed.erasure.record, plain.erasure.record
+    record, before = recomputed.record, plain.record
     more = record["forward_equivalents"] - before["forward_equivalents"]
     assert more == 1 + 6 * 4  # one more forward for every gradient: the check's and the steps'
     assert record["forward_equivalents"] == tight.calls
@@ -170,11 +172,11 @@ def test_memory_that_runs_out_halves_the_batch_then_recomputes_then_advises(devi
     for fit, wanted in zip(fits, (0, 1, 2, 3), strict=True):
         device.size, device.failures = 1.02 * needs[fit], 0
         finished = run(DeepToy(), batch=4)[-1]
-        memory = finished.erasure.record["memory"]
+        memory = finished.record["memory"]
         assert trainers[-1].fit == fit
         assert device.failures == memory["ran_out"] == wanted
-        assert ("memory ran out on the way" in report_text(finished.erasure.record)) == (wanted > 0)
-        assert finished.losses == pytest.approx(whole.losses, rel=1e-3)
+        assert ("memory ran out on the way" in report_text(finished.record)) == (wanted > 0)
+        assert finished.record["losses"] == pytest.approx(whole.record["losses"], rel=1e-3)
     device.size = 0.9 * needs[Fit(4, True)]
     with pytest.raises(TrainingError, match="not enough memory to train, even one picture"):
         run(DeepToy(), batch=4)
@@ -192,6 +194,9 @@ def test_the_gradient_is_checked_as_it_is_computed(monkeypatch, when):
                 raise RuntimeError("out of memory")
             return super().network(pixels, tokens, run)
 
+        def fill_up(self, progress):
+            self.full |= progress.stage == when
+
     def change(self, block, *inputs):
         result = recompute(self, block, *inputs)
         result.register_hook(lambda gradient: 1.1 * gradient)
@@ -201,5 +206,4 @@ def test_the_gradient_is_checked_as_it_is_computed(monkeypatch, when):
     monkeypatch.setattr(Recompute, "__call__", change)
     settings = preset_settings("balanced", concepts="cat => dog", protection=1.0, **SMALL)
     with pytest.raises(GradientError, match="gradient is wrong"):
-        for event in erase(settings, toy):
-            toy.full |= getattr(event, "stage", "") == when
+        erase(settings, toy, Meter(toy.fill_up))

@@ -3,14 +3,11 @@
 import pytest
 import torch
 from concept_surgery.erase_core import Erasure, erase, preset_settings, report_text
-from concept_surgery.erase_core.model.denoiser import (
-    Encoded,
-    LowRankEdit,
-    LowRankSidePath,
-    stack_pooled,
-)
+from concept_surgery.erase_core.method.encoded import EncodedPair
+from concept_surgery.erase_core.model.low_rank import LowRankEdit, LowRankSidePath
+from concept_surgery.erase_core.model.prompt import Encoded, stack_pooled
 from concept_surgery.erase_core.run.measure import pooled_leak
-from concept_surgery.erase_core.run.states import EncodedPair, states_at
+from concept_surgery.erase_core.run.states import states_at
 from concept_surgery.erase_core.settings.families import SDXL
 from torch import nn
 
@@ -66,15 +63,6 @@ class LabelToy(PooledToy):
         return prompt.pooled @ edit.bases[LABEL][:SIZE] @ edit.factors[LABEL].T
 
 
-def returned(generator):
-    """What a generator returns at its end."""
-    while True:
-        try:
-            next(generator)
-        except StopIteration as end:
-            return end.value
-
-
 def eps(toy, x, sigma, prompt):
     return (x - toy.predict_x0(x, sigma, [prompt] * len(x))) / sigma.view(-1, 1, 1, 1)
 
@@ -94,7 +82,7 @@ def test_the_leak_is_what_the_pooled_vector_alone_brings_back():
         {n: torch.eye(w.shape[1])[:, :1] for n, w in toy.matrices().items()},
         {n: torch.zeros(w.shape[0], 1) for n, w in toy.matrices().items()},
     )
-    found = returned(pooled_leak(toy, [EncodedPair(cat, dog)], states, nothing, 3))
+    found = pooled_leak(toy, [EncodedPair(cat, dog)], states, nothing, 3)
     way = eps(toy, x, sigma, cat) - eps(toy, x, sigma, dog)
     alone = ((cat.pooled - dog.pooled) @ toy.effect)[None, :, None, None].expand_as(way)
     whole = way.square().sum()
@@ -108,10 +96,10 @@ def test_the_run_measures_it_and_counts_it():
         values = {**SMALL, "captions": 1000}
         settings = preset_settings("balanced", concepts="cat => dog", keep=("a tree",), **values)
         toy = PooledToy(effect)
-        *_, finished = erase(settings, toy)
-        record[effect] = finished.erasure.record
-        assert finished.erasure.record["forward_equivalents"] == toy.calls
-        assert finished.erasure.record["measures"]["null_drift"] <= 1e-5
+        finished = erase(settings, toy)
+        record[effect] = finished.record
+        assert finished.record["forward_equivalents"] == toy.calls
+        assert finished.record["measures"]["null_drift"] <= 1e-5
     assert record[0.0]["measures"]["pooled"]["leak"] == pytest.approx(0, abs=1e-6)
     leaks = [record[effect]["measures"]["pooled"]["leak"] for effect in (0.0, 0.02, 0.05)]
     assert leaks == sorted(leaks) and leaks[2] > 2 * leaks[1]
@@ -130,17 +118,17 @@ def test_a_kept_prompt_goes_with_its_own_pooled_vector():
 
     toy.predict_x0 = predict
     settings = preset_settings("balanced", concepts="cat => dog", keep=("a tree",), **SMALL)
-    *_, finished = erase(settings, toy)
+    finished = erase(settings, toy)
     tree = toy.encode(["a tree"])[0]
     with_its_tokens = [p for p in asked if torch.equal(p.tokens, tree.tokens)]
     assert with_its_tokens and all(torch.equal(p.pooled, tree.pooled) for p in with_its_tokens)
-    assert finished.erasure.record["measures"]["kept"][0]["drift"] <= 1e-5
+    assert finished.record["measures"]["kept"][0]["drift"] <= 1e-5
 
 
 def trained(toy, **values):
     settings = preset_settings("balanced", **{"concepts": "cat => dog", **SMALL, **values})
-    *_, finished = erase(settings, toy)
-    return finished.erasure
+    finished = erase(settings, toy)
+    return finished
 
 
 def test_the_matrix_that_reads_it_is_edited_too():
@@ -165,11 +153,11 @@ def test_the_matrix_that_reads_it_is_edited_too():
 def test_instant_edits_it_without_a_prediction():
     toy = LabelToy()
     settings = preset_settings("instant", concepts="cat => dog", captions=40)
-    *_, finished = erase(settings, toy)
-    assert toy.calls == 0 and LABEL in finished.erasure.factors
+    finished = erase(settings, toy)
+    assert toy.calls == 0 and LABEL in finished.factors
     cat, dog = toy.encode(["a photo of a cat", "a photo of a dog"])
     way = (dog.pooled - cat.pooled) @ toy.label.weight[:, :SIZE].T
-    left = toy.read_by_label(finished.erasure.edit(), cat) - way
+    left = toy.read_by_label(finished.edit(), cat) - way
     assert left.norm() < 0.35 * way.norm()
 
 
@@ -235,6 +223,6 @@ def test_the_users_protection_holds_it_back_too():
         settings = preset_settings(
             "instant", concepts="cat => dog", captions=40, protection=protection
         )
-        *_, finished = erase(settings, toy)
-        changes.append(float(toy.read_by_label(finished.erasure.edit(), cat).norm()))
+        finished = erase(settings, toy)
+        changes.append(float(toy.read_by_label(finished.edit(), cat).norm()))
     assert changes[1] < 0.8 * changes[0]

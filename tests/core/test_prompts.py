@@ -5,9 +5,10 @@ import torch
 from concept_surgery.erase_core import EraseSettings, erase, preset_settings
 from concept_surgery.erase_core.method.alignment import STREAM_IDS, content_length, word_span
 from concept_surgery.erase_core.method.encoded import encode_prompts
-from concept_surgery.erase_core.method.reading import naming
-from concept_surgery.erase_core.model.denoiser import Encoded
-from concept_surgery.erase_core.run.run import Run
+from concept_surgery.erase_core.method.reading import those_naming
+from concept_surgery.erase_core.model.prompt import Encoded
+from concept_surgery.erase_core.run.given import Given
+from concept_surgery.erase_core.run.meter import Meter, MeteredDenoiser
 from concept_surgery.erase_core.settings.prompts import (
     FILLERS,
     TEMPLATES,
@@ -120,7 +121,7 @@ def test_the_name_of_a_concept_is_what_other_prompts_call_it(text, kind, name):
     assert name_of(text, kind) == name
     pair = prompt_pairs(EraseSettings(concepts=text, kind=kind))[0]
     # What the templates say of it is that name and nothing more, with the user's emphasis.
-    assert naming([pair.erased], [name])
+    assert those_naming([pair.erased], [name])
 
 
 def test_prompts_that_name_it_are_not_protected_however_it_is_written():
@@ -131,12 +132,13 @@ def test_prompts_that_name_it_are_not_protected_however_it_is_written():
         ("the cat", "object", captions[1:2]),
         ("blue hair", "tags", captions[2:3]),
     ):
-        assert naming(captions, [name_of(text, kind)]) == expected
+        assert those_naming(captions, [name_of(text, kind)]) == expected
     settings = EraseSettings(
         concepts="watercolor style => (oil style:1.1)\n(cat:1.3)", kind="style"
     )
-    run = Run(settings, ToyDenoiser())
-    assert run.erased == ["watercolor", "cat"] and run.spoken == [*run.erased, "oil"]
+    model = MeteredDenoiser(ToyDenoiser(), Meter())
+    given = Given(settings, model, encode_prompts(settings, model), torch.Generator())
+    assert given.erased == ["watercolor", "cat"] and given.spoken == [*given.erased, "oil"]
 
 
 BEGIN, END, PAD = 49406, 49407, 0
@@ -187,20 +189,20 @@ def test_an_alternative_as_long_and_with_the_same_article_is_the_target_itself()
         ("", "owl => umbrella", "a photo of an umbrella"),
         ("", "fire truck => palm tree", "a photo of a palm tree"),
     ):
-        edit = encoded(concepts, templates=templates).edits[0]
+        edit = encoded(concepts, templates=templates).targets[0]
         rows = tokens(expected)[0]
         assert any(torch.equal(part, rows) for part in edit.target.split(len(rows)))
 
 
 def test_an_alternative_of_another_length_leaves_what_comes_before_as_it_is():
     for alternative in ("fire truck", "one two three"):
-        (edit,) = encoded(f"cat => {alternative}", templates="a photo of {} here").edits
+        (edit,) = encoded(f"cat => {alternative}", templates="a photo of {} here").targets
         torch.testing.assert_close(edit.target[:4], edit.source[:4], atol=1e-5, rtol=0)
         assert (edit.target[4:] - edit.source[4:]).norm(dim=1).min() > 0.1
 
 
 def test_an_alternative_with_another_article_leaves_the_article_as_it_is():
-    edit = encoded("owl => dog", templates="").edits[0]
+    edit = encoded("owl => dog", templates="").targets[0]
     source, target, plain = (
         edit.source.split(12),
         edit.target.split(12),
@@ -212,7 +214,7 @@ def test_an_alternative_with_another_article_leaves_the_article_as_it_is():
 
 def test_the_target_says_the_alternative_in_the_places_of_the_concept():
     """n_e + (a - n_a), its rows by their roles."""
-    (edit,) = encoded("cat => fire truck", templates="a {} here").edits
+    (edit,) = encoded("cat => fire truck", templates="a {} here").targets
     place, alternative, own = tokens("a thing here", "a fire truck here", "a plain thing here")
     # start a cat here end ...: the concept's last word stands for the replacement's last.
     roles = [0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 11]
@@ -223,9 +225,9 @@ def test_of_a_removal_the_target_is_the_neutral_prompt_of_the_same_length():
     for concept, filler in (("cat", "thing"), ("fire truck", "plain thing")):
         prompts = encoded(concept)
         (expected,) = tokens(f"a photo of {filler}, ink")
-        assert torch.equal(prompts.edits[0].target, expected)
+        assert torch.equal(prompts.targets[0].target, expected)
         assert torch.equal(prompts.pairs[0].alternative.tokens, expected)
-        torch.testing.assert_close(expected[:4], prompts.edits[0].source[:4])
+        torch.testing.assert_close(expected[:4], prompts.targets[0].source[:4])
 
 
 def test_a_concept_of_more_words_than_any_filler_takes_the_longest():
@@ -239,11 +241,11 @@ def test_a_users_own_prompt_without_the_concept_is_the_target():
     prompts = encoded("cat", templates=templates)
     (expected,) = tokens("sketch here")
     assert torch.equal(prompts.pairs[0].alternative.tokens, expected)
-    assert torch.equal(prompts.edits[0].target, expected)
+    assert torch.equal(prompts.targets[0].target, expected)
 
 
 def test_eta_goes_beyond_the_target_away_from_the_concept():
-    (plain,), (beyond,) = (encoded("cat => dog", eta=eta).edits for eta in (0.0, 0.5))
+    (plain,), (beyond,) = (encoded("cat => dog", eta=eta).targets for eta in (0.0, 0.5))
     torch.testing.assert_close(beyond.target, plain.target + 0.5 * (plain.target - plain.source))
     assert torch.equal(plain.target, tokens("a photo of dog, ink")[0])
 
@@ -252,8 +254,8 @@ def test_eta_counts_in_the_instant_form_and_nought_of_it_does_not():
     def factors(**values):
         values = {"concepts": "cat => dog", "captions": 40, "protection": 1.0, **values}
         settings = preset_settings("instant", **values)
-        *_, last = erase(settings, ToyDenoiser())
-        edit = last.erasure.edit()
+        last = erase(settings, ToyDenoiser())
+        edit = last.edit()
         return {name: edit.factors[name] @ edit.bases[name].T for name in edit.factors}
 
     usual, nought, half = factors(), factors(eta=0.0), factors(eta=0.5)

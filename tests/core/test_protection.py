@@ -20,22 +20,11 @@ from hypothesis import strategies as st
 from .test_linear_algebra import WIDTH, Regression, rows
 
 
-def ended(stage):
-    """What a stage yields, and what it returns."""
-    images = []
-    while True:
-        try:
-            images.append(next(stage))
-        except StopIteration as end:
-            return images, end.value
-
-
 def moving(*guidance):
-    """A stage that says how far the only concept goes, try by try, and what was tried."""
+    """Something that says how far the only concept goes, try by try, and what was tried."""
     evaluated = []
 
     def moves(solution):
-        yield 12
         evaluated.append(solution)
         share = guidance[len(evaluated) - 1]
         return Movement(share, [share], share, share, share, 0.1)
@@ -72,7 +61,7 @@ def test_the_ridge_chosen_is_the_strongest_that_is_enough(seed, concepts):
             solved.append(ridge)
             return problem.solve(ridge, rank)
 
-    _, choice = ended(strongest_that_moves(Counted(), 4, None))
+    choice = strongest_that_moves(Counted(), 4, None)
     assert choice.ridge == RIDGES[strongest_with(problem, SHARE_OF_ATTAINABLE)]
     assert choice.moved == choice.solution.moved and choice.movement is None
     assert len(solved) == len(set(solved)) <= 1 + len(RIDGES).bit_length()
@@ -97,8 +86,8 @@ def test_weaker_ridges_are_tried_while_the_guidance_is_short_and_others_are_spar
     moves, evaluated = moving(*guidance)
     case, others = Regression(3, 1, 4, 1.0), Changing(lambda _: change)
     problem = EditRegression(case.edits, case.basis, 0.1 * case.moment, case.weights)
-    images, choice = ended(strongest_that_moves(problem, rank, moves, others))
-    assert images == [12] * tried and len(evaluated) == tried
+    choice = strongest_that_moves(problem, rank, moves, others)
+    assert len(evaluated) == tried
     assert choice.solution is evaluated[chosen] and choice.moved == [guidance[chosen]]
     assert choice.movement.concepts == choice.moved
     assert choice.others.mean == pytest.approx(change)
@@ -113,7 +102,7 @@ def test_a_stronger_ridge_is_taken_where_others_change_too_much():
     usual = strongest_with(problem, SHARE_OF_ATTAINABLE)
 
     def chosen(change):
-        _, choice = ended(strongest_that_moves(problem, 4, None, Changing(change)))
+        choice = strongest_that_moves(problem, 4, None, Changing(change))
         return RIDGES.index(choice.ridge)
 
     before = usual
@@ -138,7 +127,7 @@ def test_words_that_are_near_the_concept_call_for_a_stronger_ridge():
         near = (share * concept[:8] + (1 - share) * rows(8, 77))[:, None]
         words = Words(tuple("abcdefgh"), near, torch.ones(1))
         others = Others([], Language(case.moment, words, words, 0.0), metric)
-        return ended(strongest_that_moves(case.problem, 4, None, others))[1]
+        return strongest_that_moves(case.problem, 4, None, others)
 
     far, near = chosen(0.0), chosen(1.0)
     assert near.others.mean > far.others.mean and near.ridge >= far.ridge
@@ -149,8 +138,8 @@ def test_words_that_are_near_the_concept_call_for_a_stronger_ridge():
 def test_the_users_own_ridge_is_taken_and_measured(ridge):
     moves, evaluated = moving(0.2)
     problem, others = Regression(3, 1, 4, 1.0).problem, Changing(lambda _: 5.0)
-    images, choice = ended(strongest_that_moves(problem, 4, moves, others, (ridge,)))
-    assert images == [12] and evaluated == [choice.solution]
+    choice = strongest_that_moves(problem, 4, moves, others, (ridge,))
+    assert evaluated == [choice.solution]
     assert choice.ridge == ridge and choice.moved == [0.2] and choice.others.mean == 5.0
     expected = problem.solve(ridge, 4)
     torch.testing.assert_close(choice.solution.basis, expected.basis)

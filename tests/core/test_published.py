@@ -92,8 +92,8 @@ def test_the_science_imports_no_host(name, archive):
 def test_the_science_runs_from_the_archive_alone(archive, tmp_path):
     archive.extractall(tmp_path)
     script = (
-        "from erase_core import reading, engine; import sys;"
-        f"assert engine.__file__.startswith({str(tmp_path)!r});"
+        "import erase_core, sys; from erase_core.method import reading;"
+        f"assert erase_core.__file__.startswith({str(tmp_path)!r});"
         "assert len(reading.plain_captions(20)) == 20; assert 'comfy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)

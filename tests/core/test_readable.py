@@ -7,7 +7,7 @@ import torch
 from concept_surgery.erase_core import EraseSettings, SettingsError, SubspaceError, erase
 from concept_surgery.erase_core.method.alignment import VECTOR_IDS
 from concept_surgery.erase_core.method.encoded import encode_prompts
-from concept_surgery.erase_core.model.denoiser import Encoded
+from concept_surgery.erase_core.model.prompt import Encoded
 from concept_surgery.erase_core.settings.settings import preset_settings
 
 from .toy import TOKENS, ToyDenoiser
@@ -91,8 +91,8 @@ def test_a_kept_or_negative_prompt_that_is_not_read_as_meant_is_warned_about():
 
 def test_the_warning_stands_in_the_record():
     settings = preset_settings("instant", concepts="cat", keep=["embedding:nope"], captions=24)
-    *_, last = erase(settings, InvertingToy())
-    assert any("reads nothing in 'embedding:nope'" in w for w in last.erasure.record["warnings"])
+    last = erase(settings, InvertingToy())
+    assert any("reads nothing in 'embedding:nope'" in w for w in last.record["warnings"])
 
 
 @pytest.mark.parametrize("weight", ["1e999", "nan", "-1e999", "1e30", "-1e5"])
@@ -129,19 +129,19 @@ def test_an_encoder_that_gives_no_numbers_is_said_to_be_that():
 def test_a_textual_inversion_is_erased_and_drawn_instead_like_words():
     for concepts in ("embedding:mycat => dog", "cat => embedding:mycat", "embedding:mycat"):
         settings = preset_settings("instant", concepts=concepts, captions=24)
-        *_, last = erase(settings, InvertingToy())
-        (concept,) = last.erasure.record["concepts"]
+        last = erase(settings, InvertingToy())
+        (concept,) = last.record["concepts"]
         assert concept["keys_and_values_moved"] > 0.5
-        assert not last.erasure.record["warnings"]
+        assert not last.record["warnings"]
 
 
 def test_each_vector_is_aligned_as_a_token_of_its_own():
     """Two vectors for one word: the neutral prompts show what stands in their place."""
     found, toy = prompts_of("embedding:mycat => fire truck", templates="a {} here")
-    (edit,) = found.edits
+    (edit,) = found.targets
     assert torch.equal(edit.target, toy.encode(["a fire truck here"])[0].tokens)
     found, toy = prompts_of("embedding:mycat", templates="a {} here")
-    assert torch.equal(found.edits[0].target, toy.encode(["a plain thing here"])[0].tokens)
+    assert torch.equal(found.targets[0].target, toy.encode(["a plain thing here"])[0].tokens)
 
 
 @pytest.mark.parametrize("template", ["a photo-{} here", "by {}."])

@@ -22,10 +22,10 @@ RUNS = {
 @pytest.fixture(scope="module", params=RUNS)
 def erasure(request) -> Erasure:
     values = {"concepts": "cat => dog\npizza => bread", **SMALL, **RUNS[request.param]}
-    *_, last = erase(
+    last = erase(
         preset_settings("balanced", **values), ToyDenoiser(values.get("layers", "key-value"))
     )
-    return last.erasure
+    return last
 
 
 def read(erasure: Erasure, record) -> Erasure:

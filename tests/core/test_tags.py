@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from concept_surgery import erase_core
-from concept_surgery.erase_core.method.reading import spread
+from concept_surgery.erase_core.method.reading import evenly_spaced
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = "erase_core/data/tags.txt"
@@ -36,7 +36,7 @@ def test_tags_are_written_as_in_prompts():
 def test_a_part_of_them_is_a_mixture(count):
     # Tags of a kind end alike: hair, eyes, background. In order they would be side by side.
     all_ends, ends = (
-        Counter(tag.split()[-1] for tag in part) for part in (TAGS, spread(TAGS, count))
+        Counter(tag.split()[-1] for tag in part) for part in (TAGS, evenly_spaced(TAGS, count))
     )
     for end, number in ends.items():
         assert number <= 3 + 1.5 * all_ends[end] * count / len(TAGS), end

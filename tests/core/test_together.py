@@ -15,7 +15,7 @@ from concept_surgery.erase_core.artefact.together import (
 )
 from concept_surgery.erase_core.method.collateral import together
 from concept_surgery.erase_core.method.encoded import encode_prompts
-from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
 from concept_surgery.erase_core.settings.prompts import (
     FILLERS,
     TEMPLATES,
@@ -30,8 +30,8 @@ SMALL = {"resolution": 32, "captions": 40}
 
 
 def solved(settings: EraseSettings, cache=None):
-    *_, last = erase(settings, ToyDenoiser(), cache)
-    return last.erasure
+    last = erase(settings, ToyDenoiser(), cache)
+    return last
 
 
 def instant(**values):
@@ -229,7 +229,7 @@ def test_the_sum_of_edits_of_different_matrices():
 def moved_by(edit: LowRankEdit, settings: EraseSettings) -> list[float]:
     """How far each concept's keys and values go."""
     toy, moved = ToyDenoiser(), []
-    for tokens in encode_prompts(settings, toy).edits:
+    for tokens in encode_prompts(settings, toy).targets:
         rest = way = 0.0
         for name, weight in toy.matrices().items():
             asked = tokens.change.float() @ weight.T / weight.norm()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
 from concept_surgery.erase_core.settings.prompts import with_article
 
 from benchmarks.emoji.words import OBJECT_NAMES

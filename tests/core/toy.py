@@ -6,16 +6,18 @@ import hashlib
 from contextlib import contextmanager
 
 import torch
+from concept_surgery.erase_core import Denoiser, Meter, erase
 from concept_surgery.erase_core.files.fingerprint import fingerprint
-from concept_surgery.erase_core.model.denoiser import Encoded, LowRankSidePath, stack_tokens
+from concept_surgery.erase_core.model.low_rank import LowRankSidePath
+from concept_surgery.erase_core.model.prompt import Encoded, stack_tokens
 from concept_surgery.erase_core.settings.layers import matching
 from torch import nn
 
 WIDTH, TOKENS, CHANNELS = 96, 12, 4
 
 
-class ToyDenoiser:
-    """Fulfils ``erase_core.model.denoiser.Denoiser``; every word has a fixed random embedding."""
+class ToyDenoiser(Denoiser):
+    """Every word has a fixed random embedding."""
 
     family, identity, device = "SD1.x", "70" * 20, torch.device("cpu")
     dtype = torch.float32
@@ -78,7 +80,7 @@ class ToyDenoiser:
     def weights(self):
         return [w for m in (self.key, self.value, self.query, self.out) for w in m.parameters()]
 
-    def room(self, needed):
+    def free_memory(self, wanted):
         return self.free
 
     def predict_x0(self, x, sigma, prompts, edit=None):
@@ -111,3 +113,10 @@ class ToyDenoiser:
 
     def matrices(self):
         return {name: layer.weight for name, layer in self._trained.items()}
+
+
+def watched(settings, denoiser, should_stop=lambda: False, **more):
+    """What a run reports, and the erasure that it gives in the end."""
+    seen = []
+    erasure = erase(settings, denoiser, Meter(seen.append, should_stop), **more)
+    return [*seen, erasure]

@@ -15,7 +15,8 @@ import torch
 from comfy_api.torch_helpers.torch_compile import set_torch_compile_wrapper
 from comfy_extras.nodes_model_merging import NODE_CLASS_MAPPINGS as MERGING
 from concept_surgery.erase_core.artefact.erasure import Erasure
-from concept_surgery.erase_core.model.denoiser import Encoded, LowRankEdit
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
+from concept_surgery.erase_core.model.prompt import Encoded
 from concept_surgery.nodes.apply import ApplyErasure, ApplyError, apply_erasure, stack_report
 from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.exact import ExactModeError, SidePath, side_paths

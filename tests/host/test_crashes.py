@@ -108,7 +108,7 @@ def test_a_killed_server_leaves_whole_files_and_the_next_one_works(tmp_path, che
 def test_of_two_servers_that_save_under_one_name_both_keep_their_erasure(
     tmp_path, checkpoint, finished
 ):
-    erasures = [finished.erasure, twin_of(finished.erasure)]
+    erasures = [finished, twin_of(finished)]
     with started(tmp_path, checkpoint, "one") as one, started(tmp_path, checkpoint, "two") as two:
         for number, erasure in enumerate(erasures):
             erasure.save(one.models("loras") / f"from-{number}.safetensors")

@@ -27,8 +27,8 @@ def painter(checkpoint, tmp_path_factory) -> Painter:
 def erasure(painter):
     settings = preset_settings("instant", concepts="cat => dog", captions=24, resolution=64)
     with painter.denoiser("key-value") as denoiser:
-        *_, last = erase(settings, denoiser)
-    return last.erasure
+        last = erase(settings, denoiser)
+    return last
 
 
 def by_the_host(

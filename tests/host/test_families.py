@@ -15,7 +15,7 @@ import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from concept_surgery.erase_core import GradientError, erase, preset_settings
 from concept_surgery.erase_core.artefact.report import report_text
-from concept_surgery.erase_core.model.denoiser import Encoded
+from concept_surgery.erase_core.model.prompt import Encoded
 from concept_surgery.nodes import host
 from concept_surgery.nodes.apply import apply_erasure
 from concept_surgery.nodes.encoding import encode_prompts
@@ -45,8 +45,8 @@ def train(model, clip, **values):
     settings = preset_settings("balanced", family=family, **{**QUICK, **values})
     with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
         with ComfyDenoiser(model, clip, "small", 6, settings.resolution, settings.layers) as d:
-            *_, last = erase(settings, d)
-    return last.erasure
+            last = erase(settings, d)
+    return last
 
 
 def noisy(model, sigma: float, seed: int = 3, shape=None) -> torch.Tensor:

@@ -147,12 +147,12 @@ def browser(server):
 def hostile_file(server) -> str:
     """An erasure in the host's LoRA folder, made elsewhere, of something that is a script."""
     values = {"captions": 40, "trajectories": 0, "steps": 0, "resolution": 32}
-    *_, last = erase(preset_settings("instant", concepts="cat", **values), ToyDenoiser())
-    record = copy.deepcopy(dict(last.erasure.record))
+    last = erase(preset_settings("instant", concepts="cat", **values), ToyDenoiser())
+    record = copy.deepcopy(dict(last.record))
     record["concepts"][0]["text"] = " ".join(HOSTILE)
     record["base"]["name"] = f"another {TAG}"
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
-    basis = torch.linalg.qr(torch.randn(768, last.erasure.rank))[0]
+    basis = torch.linalg.qr(torch.randn(768, last.rank))[0]
     erasure = Erasure({name: basis}, {name: torch.zeros(320, basis.shape[1])}, record)
     erasure.save(server.models("loras") / "hostile.safetensors")
     return "hostile.safetensors"

@@ -43,8 +43,8 @@ def train(model, clip, **values) -> Erasure:
     settings = preset_settings("balanced", family=defaults, **given)
     with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
         with ComfyDenoiser(model, clip, "s", 6, settings.resolution, settings.layers) as denoiser:
-            *_, last = erase(settings, denoiser)
-    return last.erasure
+            last = erase(settings, denoiser)
+    return last
 
 
 @pytest.fixture(scope="module")

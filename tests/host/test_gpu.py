@@ -54,8 +54,8 @@ def train(model, clip, **values):
     with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
         with ComfyDenoiser(model, clip, "", 6, settings.resolution, settings.layers) as denoiser:
             assert denoiser.device.type == "cuda"
-            *_, last = erase(settings, denoiser)
-    return last.erasure
+            last = erase(settings, denoiser)
+    return last
 
 
 def drawn(model, clip, prompt: str, side: int = 8) -> torch.Tensor:

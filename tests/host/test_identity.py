@@ -57,7 +57,7 @@ def train(loaded, results, language, **values) -> Finished:
     settings = preset_settings("instant", **{"concepts": "cat", "captions": 16, **values})
     with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
         with ComfyDenoiser(*loaded, "tiny", 6, settings.resolution) as denoiser:
-            *_, last = erase(settings, denoiser, language, results=results)
+            last = erase(settings, denoiser, language, results=results)
     return last
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from concept_surgery.erase_core import PredictionError, erase, preset_settings
 from concept_surgery.erase_core.artefact.report import report_text
-from concept_surgery.erase_core.model.denoiser import Encoded
+from concept_surgery.erase_core.model.prompt import Encoded
 from concept_surgery.erase_core.settings.layers import LayerRuleError
 from concept_surgery.nodes.apply import ApplyError, apply_erasure
 from concept_surgery.nodes.families import UnsupportedModelError
@@ -117,7 +117,7 @@ def test_layers_that_match_nothing_are_refused(loaded):
 def test_an_emphasised_word_of_a_kept_prompt_stays_exact(loaded, finished):
     """The host moves an emphasised token away from the null prompt's, which is exact too."""
     model, clip = loaded
-    patched = apply_erasure(model, finished.erasure, 1.0)
+    patched = apply_erasure(model, finished, 1.0)
     plain, *emphasised = tokens_of(
         clip, ["a photo of a tiger", "a photo of a (tiger:1.4)", "a (photo of a tiger:0.6)"]
     )
@@ -181,8 +181,8 @@ def test_a_distilled_model_is_trained_at_guidance_one(loaded, store):
 
 def test_same_seed_same_result_and_another_seed_another(loaded, store, finished):
     values = {"concepts": "cat => dog", "keep": ("a photo of a tiger",)}
-    assert train(loaded, store, **values).erasure.identity == finished.erasure.identity
-    assert train(loaded, store, seed=1, **values).erasure.identity != finished.erasure.identity
+    assert train(loaded, store, **values).erasure.identity == finished.identity
+    assert train(loaded, store, seed=1, **values).erasure.identity != finished.identity
 
 
 def test_training_and_applying_leave_the_model_as_it_was(loaded, store):
@@ -231,7 +231,7 @@ def test_one_copy_of_the_weights(loaded):
 
 def test_strength_zero_is_the_input_model(loaded, finished):
     model, clip = loaded
-    patched = apply_erasure(model, finished.erasure, 0.0)
+    patched = apply_erasure(model, finished, 0.0)
     assert not patched.patches and patched is not model
     tokens = tokens_of(clip, ["a cat"])[0]
     assert torch.equal(noise_prediction(model, tokens, 2.0), noise_prediction(patched, tokens, 2.0))
@@ -239,12 +239,12 @@ def test_strength_zero_is_the_input_model(loaded, finished):
 
 def test_twice_is_refused_and_two_erasures_commute(loaded, store, finished):
     model, clip = loaded
-    once = apply_erasure(model, finished.erasure, 1.0)
+    once = apply_erasure(model, finished, 1.0)
     with pytest.raises(ApplyError, match="already on this model"):
-        apply_erasure(once, finished.erasure, 0.5)
+        apply_erasure(once, finished, 0.5)
     other = train(loaded, store, concepts="pizza").erasure
     both = apply_erasure(once, other, 1.0)
-    swapped = apply_erasure(apply_erasure(model, other, 1.0), finished.erasure, 1.0)
+    swapped = apply_erasure(apply_erasure(model, other, 1.0), finished, 1.0)
     tokens = tokens_of(clip, ["a cat eating pizza"])[0]
     one, two = noise_prediction(both, tokens, 2.0), noise_prediction(swapped, tokens, 2.0)
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
@@ -299,11 +299,11 @@ def test_prompts_beyond_the_window_are_encoded_whole_and_kept_exact(loaded, stor
 
 def test_training_sees_the_patches_upstream(loaded, finished):
     model, clip = loaded
-    patched = apply_erasure(model, finished.erasure, 1.0)
+    patched = apply_erasure(model, finished, 1.0)
     tokens = tokens_of(clip, ["a cat"])[0]
     expected = noise_prediction(patched, tokens, 2.0)
     with torch.inference_mode(False), ComfyDenoiser(patched, clip, "", 6, 64) as denoiser:
-        assert denoiser.base["fingerprint"] == finished.erasure.record["base"]["fingerprint"]
+        assert denoiser.base["fingerprint"] == finished.record["base"]["fingerprint"]
         generator = torch.Generator().manual_seed(3)
         x = torch.randn(1, 4, 8, 8, generator=generator) * 5**0.5
         x0 = denoiser.predict_x0(x, torch.tensor([2.0]), [Encoded(tokens)])
@@ -369,5 +369,5 @@ def test_keys_that_the_host_drops_are_named(loaded, finished):
     cpu = torch.device("cpu")
     model = ForgetfulPatcher(loaded[0].model, cpu, cpu)
     with pytest.raises(ApplyError, match="took 7 of the 8 .* not taken: diffusion_model.* taken:"):
-        apply_erasure(model, finished.erasure, 1.0)
+        apply_erasure(model, finished, 1.0)
     assert not model.patches

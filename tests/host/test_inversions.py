@@ -73,8 +73,8 @@ QUICK = {"templates": "a photo of {}\n{} in a garden", "captions": 12, "protecti
 @pytest.mark.parametrize("concepts", [f"{CAT} => dog", f"cat => {DOG}", CAT])
 def test_what_an_inversion_draws_is_erased_and_drawn_instead(inverting, concepts):
     keep = ["a tree" if DOG in concepts else DOG]
-    *_, last = erase(preset_settings("instant", concepts=concepts, keep=keep, **QUICK), inverting)
-    (concept,), (kept,) = last.erasure.record["concepts"], last.erasure.record["measures"]["kept"]
+    last = erase(preset_settings("instant", concepts=concepts, keep=keep, **QUICK), inverting)
+    (concept,), (kept,) = last.record["concepts"], last.record["measures"]["kept"]
     # As far as a random encoder's exact prompts leave it.
     assert concept["keys_and_values_moved"] > 0.85 * concept["share_left"] > 0.5
     assert kept["exact"] and kept["drift"] < 1e-5
@@ -84,11 +84,11 @@ def test_the_same_result_is_found_again_and_another_file_is_another_result(inver
     results = {}
     settings = preset_settings("instant", concepts=f"{CAT} => dog", **QUICK)
     for stored in (False, True):
-        *_, last = erase(settings, inverting, results=results)
+        last = erase(settings, inverting, results=results)
         assert last.stored == stored
     save_file({"emb_params": vectors(2, 768, 9)}, f"{folder}/mycat.safetensors")
     try:
-        *_, last = erase(settings, inverting, results=results)
+        last = erase(settings, inverting, results=results)
     finally:
         save_file({"emb_params": vectors(2, 768, 0)}, f"{folder}/mycat.safetensors")
     assert not last.stored and len(results) == 2

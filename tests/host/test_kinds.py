@@ -110,22 +110,20 @@ def test_training_ends_before_more_than_one_prompt_is_encoded(
 
 
 def test_joining_on_it_is_refused_too(networks, clips, monkeypatch, finished, shown):
-    monkeypatch.setattr(join, "distinct", lambda erasures: [finished.erasure])
+    monkeypatch.setattr(join, "distinct", lambda erasures: [finished])
     settings = preset_settings("instant", concepts="cat => dog", captions=24)
     monkeypatch.setattr(join, "settings_together", lambda records: settings)
     monkeypatch.setattr(join, "warnings_together", lambda records: [])
     clip = CountingClip(clips["SDXL"])
     with torch.inference_mode(), pytest.raises(UnsupportedModelError, match="2048 numbers .* 768"):
-        JoinErasures.execute(networks["SD1"], clip, finished.erasure, finished.erasure)
+        JoinErasures.execute(networks["SD1"], clip, finished, finished)
     assert clip.encoded == 1
 
 
 def test_apply_warns_with_both_widths_and_patches_all_the_same(networks, clips, finished, shown):
     with torch.inference_mode():
-        patched = ApplyErasure.execute(
-            networks["SD1"], finished.erasure, 1.0, clip=clips["SDXL"]
-        ).args[0]
-    assert len(patched.patches) == len(finished.erasure.factors)
+        patched = ApplyErasure.execute(networks["SD1"], finished, 1.0, clip=clips["SDXL"]).args[0]
+    assert len(patched.patches) == len(finished.factors)
     (warning,) = shown
     assert "gives 2048 numbers for each token, and this model (SD1.x) reads 768" in warning
 

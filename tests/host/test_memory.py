@@ -9,7 +9,7 @@ import pytest
 import torch
 from concept_surgery.erase_core.artefact.erasure import Erasure
 from concept_surgery.erase_core.model.activations import Recompute, SavedBytes
-from concept_surgery.erase_core.model.denoiser import LowRankEdit
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
 from concept_surgery.erase_core.model.memory import Need
 from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.exact import add_side_path

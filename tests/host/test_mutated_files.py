@@ -46,11 +46,11 @@ def erasure(loaded) -> Erasure:
     settings = preset_settings("balanced", concepts="cat => dog\npizza", keep=("a tree",), **TOY)
     *_, last = run(settings, ToyDenoiser())
     weights = original_weights(loaded[0], trained_keys(loaded[0]))
-    generator, rank = torch.Generator().manual_seed(0), last.erasure.rank
+    generator, rank = torch.Generator().manual_seed(0), last.rank
     width = next(iter(weights.values())).shape[1]
     basis = torch.linalg.qr(torch.randn(width, rank, generator=generator)).Q
     factors = {n: 0.01 * torch.randn(len(w), rank, generator=generator) for n, w in weights.items()}
-    return Erasure(dict.fromkeys(factors, basis), factors, last.erasure.record)
+    return Erasure(dict.fromkeys(factors, basis), factors, last.record)
 
 
 def file_of(record: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:

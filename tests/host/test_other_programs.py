@@ -21,8 +21,8 @@ RANK = 3
 def record():
     """That of some erasure; what it is of doesn't matter here."""
     values = {"captions": 40, "trajectories": 0, "steps": 0, "resolution": 32}
-    *_, last = erase(preset_settings("instant", concepts="cat", **values), ToyDenoiser())
-    return {**last.erasure.record, "rank": RANK}
+    last = erase(preset_settings("instant", concepts="cat", **values), ToyDenoiser())
+    return {**last.record, "rank": RANK}
 
 
 def random_erasure(shapes, family: str, record) -> Erasure:

@@ -127,7 +127,7 @@ def test_an_error_is_seen_where_another_branch_runs(server, wrong, words):
 
 
 def test_what_comes_after_a_refusal_takes_its_place(server, finished):
-    finished.erasure.save(server.models("loras") / "refused-before.safetensors")
+    finished.save(server.models("loras") / "refused-before.safetensors")
     graph = graphs.load(filename="refused-before.safetensors")
     graph |= graphs.save("kept", filename="kept after all", erasure=("load", 0))
     assert texts_under(server, "kept", graph) == ["Saved kept after all.safetensors"]

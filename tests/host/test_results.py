@@ -51,8 +51,8 @@ def finished() -> Erasure:
 
 def toy_erasure(seed=0) -> Erasure:
     settings = preset_settings("balanced", concepts="cat => dog", seed=seed, **TOY)
-    *_, last = erase(settings, ToyDenoiser())
-    return last.erasure
+    last = erase(settings, ToyDenoiser())
+    return last
 
 
 # The folder

@@ -24,8 +24,8 @@ SUFFIX = ".safetensors"
 
 @pytest.fixture(scope="module")
 def erasure() -> Erasure:
-    *_, last = erase(preset_settings("balanced", concepts="cat => dog", **TOY), ToyDenoiser())
-    return last.erasure
+    last = erase(preset_settings("balanced", concepts="cat => dog", **TOY), ToyDenoiser())
+    return last
 
 
 @pytest.fixture(scope="module")

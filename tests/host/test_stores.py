@@ -29,8 +29,8 @@ MOMENT = torch.eye(8, dtype=torch.float64)
 
 @pytest.fixture(scope="module")
 def erasure() -> Erasure:
-    *_, last = erase(preset_settings("balanced", concepts="cat => dog", **TOY), ToyDenoiser())
-    return last.erasure
+    last = erase(preset_settings("balanced", concepts="cat => dog", **TOY), ToyDenoiser())
+    return last
 
 
 @pytest.fixture

@@ -51,8 +51,8 @@ def train(model, clip, language, **values):
     settings = preset_settings("balanced", family=family.defaults, **{**QUICK, **values})
     with torch.inference_mode(False), torch.enable_grad():
         with ComfyDenoiser(model, clip, "", 6, 64, settings.layers) as denoiser:
-            *_, last = erase(settings, denoiser, language)
-    return last.erasure
+            last = erase(settings, denoiser, language)
+    return last
 
 
 def check_a_twentieth(model, clip, erasure, sigmas):

@@ -28,7 +28,7 @@ from comfy.text_encoders import (
     wan,
     z_image,
 )
-from concept_surgery.erase_core.method.reading import spread
+from concept_surgery.erase_core.method.reading import evenly_spaced
 from concept_surgery.nodes.host import ComfyDenoiser
 from concept_surgery.nodes.vocabulary import vocabulary
 
@@ -112,7 +112,7 @@ def test_each_word_is_one_token(shipped):
     name, tokenizer = shipped
     if name == "Llama":
         pytest.skip("Newer versions of transformers take the spaces out of what it is given.")
-    words = spread(vocabulary(clip_with(tokenizer)), 200)
+    words = evenly_spaced(vocabulary(clip_with(tokenizer)), 200)
 
     # Padding hides how long a prompt is, so ask what the host's tokenizer asks.
     parts = [tokenizer, *vars(tokenizer).values()]

@@ -102,10 +102,10 @@ def test_what_is_accepted_runs_or_is_refused_in_words(seed):
         values[name] = draw.choice(others[name])
     try:
         settings = settings_from_widgets(values)
-        *_, last = erase(settings, ToyDenoiser(settings.layers))
+        last = erase(settings, ToyDenoiser(settings.layers))
     except SettingsError as error:
         assert error.setting
     except Exception as error:
         assert type(error).__name__ in REFUSED and "nan" not in str(error)
     else:
-        assert isinstance(last, Finished) and report_text(last.erasure.record)
+        assert isinstance(last, Finished) and report_text(last.record)

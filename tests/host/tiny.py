@@ -18,7 +18,7 @@ def train(loaded, store, name="tiny", **values) -> Finished:
     settings = preset_settings("balanced", **{**QUICK, **values})
     with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
         with ComfyDenoiser(*loaded, name, 6, settings.resolution, settings.layers) as denoiser:
-            *_, last = erase(settings, denoiser, store)
+            last = erase(settings, denoiser, store)
     return last
 
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from concept_surgery.erase_core.model.denoiser import Denoiser, Encoded, LowRankEdit
+from concept_surgery.erase_core.model.denoiser import Denoiser
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
+from concept_surgery.erase_core.model.prompt import Encoded
 from concept_surgery.erase_core.run.states import check_finite, euler_step
 from torch import Tensor
 

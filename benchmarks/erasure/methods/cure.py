@@ -24,7 +24,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from concept_surgery.erase_core.model.denoiser import Denoiser, LowRankEdit
+from concept_surgery.erase_core.model.denoiser import Denoiser
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
 from torch import Tensor
 
 from benchmarks.erasure.cases import Case

@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from concept_surgery.erase_core.model.denoiser import Denoiser, Encoded
-from concept_surgery.erase_core.run.measure import CountedDenoiser
+from concept_surgery.erase_core.model.denoiser import Denoiser
+from concept_surgery.erase_core.model.prompt import Encoded
 from torch import Tensor
 
+from benchmarks.counted import CountedDenoiser
 from benchmarks.erasure.cases import Case
 from benchmarks.erasure.methods.base import (
     Method,

@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 from concept_surgery.erase_core.method.reading import plain_captions
-from concept_surgery.erase_core.model.denoiser import Denoiser, LowRankEdit
+from concept_surgery.erase_core.model.denoiser import Denoiser
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
 from torch import Tensor
 
 from benchmarks.erasure.cases import Case

@@ -30,8 +30,8 @@ def asked(case: Case, seed: int, settings: Mapping[str, Any]) -> EraseSettings:
 
 def train(denoiser: Denoiser, case: Case, seed: int, settings: Mapping[str, Any]) -> Outcome:
     """Run the engine as the node does."""
-    *_, last = erase(asked(case, seed, settings), denoiser, _language())
-    record = last.erasure.record
+    last = erase(asked(case, seed, settings), denoiser, _language())
+    record = last.record
     moved = record["measures"]["moved_held_out"]
     notes = {
         "protection": record["protection"],
@@ -43,7 +43,7 @@ def train(denoiser: Denoiser, case: Case, seed: int, settings: Mapping[str, Any]
         "moved_sampled": moved and record["measures"]["moved_sampled"]["overall"],
         "unnamed_drift": record["measures"]["unnamed_drift"],
     }
-    return Outcome(last.erasure.edit(), notes)
+    return Outcome(last.edit(), notes)
 
 
 def _method(name: str, **settings: Any) -> Method:

@@ -11,10 +11,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from concept_surgery.erase_core.method import ways
 from concept_surgery.erase_core.method.closed_form import EditRegression
 from concept_surgery.erase_core.method.subspace import ExactSet, KeptPrompt
 from concept_surgery.erase_core.model.denoiser import Denoiser
-from concept_surgery.erase_core.run import engine
 from torch import Tensor
 
 from benchmarks.erasure.cases import Case
@@ -70,7 +70,7 @@ def train(denoiser: Denoiser, case: Case, seed: int, settings: Mapping[str, Any]
     asked = {name: value for name, value in settings.items() if name != "subspace"}
     subspace = settings["subspace"]
     replaced = (
-        patch.object(engine, "exact_set", _nothing_exact)
+        patch.object(ways, "exact_set", _nothing_exact)
         if subspace == NOTHING_EXACT
         else patch.object(EditRegression, "_search", _searching(RULES[subspace]))
     )

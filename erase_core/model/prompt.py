@@ -1,0 +1,67 @@
+"""A prompt as the text encoder gives it, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import lcm
+
+import torch
+from torch import Tensor
+
+# What of a prompt enters a network, each on a way of its own.
+TOKENS, POOLED = "tokens", "pooled vector"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as the text encoder gives it, float32 on the CPU.
+
+    Attributes:
+        tokens: token embeddings, (tokens, width).
+        pooled: the pooled vector of models that take one beside the tokens, (size,); else None.
+    """
+
+    tokens: Tensor
+    pooled: Tensor | None = None
+
+    def rows(self, way: str) -> Tensor:
+        """What enters on a way, (rows, size): a pooled vector is a single row.
+
+        Args:
+            way: :data:`TOKENS` or :data:`POOLED`.
+
+        Raises:
+            ValueError: another way, or one on which nothing of this prompt enters.
+        """
+        if way == TOKENS:
+            return self.tokens
+        if way == POOLED and self.pooled is not None:
+            return self.pooled[None]
+        raise ValueError(f"This prompt has no {way!r}.")
+
+    def zeroed(self) -> Encoded:
+        """The same shapes filled with zeros: what some workflows use as the null prompt."""
+        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
+        return Encoded(torch.zeros_like(self.tokens), pooled)
+
+    def tensors(self) -> list[Tensor]:
+        """The embeddings that there are."""
+        return [self.tokens] if self.pooled is None else [self.tokens, self.pooled]
+
+
+def stack_tokens(prompts: Sequence[Encoded]) -> Tensor:
+    """One batch (n, length, width) of prompts that may differ in length, for cross-attention.
+
+    Shorter ones are repeated up to the least common multiple, as the hosts do: attention over a
+    key set in which every key occurs equally often is attention over the set itself.
+    """
+    every = [prompt.tokens for prompt in prompts]
+    length = lcm(*(tokens.shape[0] for tokens in every))
+    return torch.stack([tokens.repeat(length // tokens.shape[0], 1) for tokens in every])
+
+
+def stack_pooled(prompts: Sequence[Encoded]) -> Tensor | None:
+    """The pooled vectors of a batch, (n, size); None where the model takes none."""
+    vectors = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
+    return torch.stack(vectors) if len(vectors) == len(prompts) else None

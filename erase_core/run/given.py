@@ -1,0 +1,62 @@
+"""What a run is given, as every stage of it needs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..method.encoded import EncodedPrompts
+from ..model.activations import PLAIN_GRADIENT
+from ..settings.prompts import name_of
+from ..settings.settings import EraseSettings
+from .meter import Meter, MeteredDenoiser
+from .plan import planned_cost
+
+
+@dataclass(frozen=True)
+class Given:
+    """What was asked for, of which model.
+
+    Attributes:
+        settings: what was asked for.
+        model: the host's, metered.
+        prompts: the texts in the settings, as the text encoder gives them.
+        random: random numbers for noise and for which prompts are sampled.
+    """
+
+    settings: EraseSettings
+    model: MeteredDenoiser
+    prompts: EncodedPrompts
+    random: torch.Generator
+
+    @property
+    def meter(self) -> Meter:
+        """Cost, progress and stop."""
+        return self.model.meter
+
+    @property
+    def checked_at_once(self) -> int:
+        """States in a prediction that is measured; what was sampled so fits the device."""
+        return 3 * self.settings.batch
+
+    def planned(self, with_gradient: int = PLAIN_GRADIENT) -> dict[str, int]:
+        """Forward-equivalents of the run by part, at most.
+
+        Args:
+            with_gradient: of a prediction in training.
+        """
+        pooled, plain = self.prompts.null.pooled is not None, len(self.prompts.plain)
+        return planned_cost(self.settings, pooled, plain, with_gradient)
+
+    @property
+    def erased(self) -> list[str]:
+        """What is erased; protected, it would hold back what is to move."""
+        return [name_of(c.text, self.settings.kind_of(c)) for c in self.settings.concepts]
+
+    @property
+    def spoken(self) -> list[str]:
+        """What is erased and what takes its place: no words that nobody named."""
+        concepts, kind_of = self.settings.concepts, self.settings.kind_of
+        replacing = [name_of(c.alternative, kind_of(c)) for c in concepts if c.alternative]
+        return [*self.erased, *replacing]

@@ -1,0 +1,121 @@
+"""The record of a run: what the artefact says about itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+from ..artefact.cautions import harm_warnings, training_warnings, unknown_warnings
+from ..artefact.record import STOPPED, TRAINED, WORSE
+from ..files.fingerprint import fingerprint
+from ..method.closed_form import ClosedForm
+from ..method.subspace import ExactSet
+from ..settings.prompts import prompt_warnings
+from ..settings.settings import EraseSettings
+from ..version import VERSION
+from .given import Given
+from .heard import Heard
+from .training import Start, Trained
+
+
+def record_of(
+    given: Given,
+    start: Start,
+    trained: Trained,
+    exact: ExactSet,
+    measures: Mapping[str, Any],
+    collateral: Mapping[str, Any] | None,
+    heard: Heard,
+    began: float,
+) -> dict[str, Any]:
+    """The record, plain JSON values; :mod:`record` says what must be in it.
+
+    Args:
+        collateral: what else it changes, see :meth:`collateral.Others.report`.
+        began: when the run did, by the monotonic clock.
+    """
+    settings, edit, steps = given.settings, trained.edit, len(trained.losses)
+    solution = start.choice.solution if start.choice else None
+    measures = _with_collateral(measures, collateral, start.held_out is not None)
+    did_train = trained.outcome in (TRAINED, WORSE, STOPPED)
+    values = [*edit.factors.values()]
+    values += edit.bases.values() if settings.form == "soft" else []
+    return {
+        "version": VERSION,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017
+        "family": given.model.family,
+        "base": dict(given.model.base),
+        "text_encoder": fingerprint({"null prompt": given.prompts.null.tokens}),
+        "settings": settings.as_dict(),
+        "form": settings.form,
+        "concepts": _concepts(settings, exact, solution, measures),
+        "matrices": len(edit.factors),
+        "rank": max(factor.shape[1] for factor in edit.factors.values()),
+        "values_trained": sum(t.numel() for t in values) if trained.outcome == TRAINED else 0,
+        "subspace": {"exact_rank": exact.basis.shape[1], "share_left": exact.share_left},
+        "protection": start.choice.ridge if start.choice else 0.0,
+        "harm": solution.harm if solution else None,
+        "measures": measures,
+        "others": collateral,
+        "warnings": [
+            *harm_warnings(settings, measures, collateral),
+            *training_warnings(settings, trained.outcome),
+            *unknown_warnings(heard.language.unknown if heard.language else 0.0),
+            *given.prompts.warnings,
+            *prompt_warnings(settings),
+        ],
+        "training": trained.outcome,
+        "losses": trained.losses,
+        "steps_done": steps,
+        "converged": trained.converged,
+        "complete": trained.converged or not did_train or steps == settings.steps,
+        "stopped_early": did_train and steps < settings.steps,
+        "ended_by": trained.ended_by,
+        "gradient_apart": trained.gradient.apart if trained.gradient else None,
+        "memory": trained.memory,
+        "forward_equivalents": given.meter.spent,
+        "seconds": round(time.monotonic() - began, 2),
+    }
+
+
+def _with_collateral(
+    measures: Mapping[str, Any], collateral: Mapping[str, Any] | None, sampled: bool
+) -> dict[str, Any]:
+    """The measures with the change of what nobody named: the worse of guidance, keys and values.
+
+    At states of the concept's own pictures another word's guidance is large, and its change looks
+    small beside it.
+    """
+    if collateral is None:
+        return dict(measures)
+    if not sampled:
+        unnamed = {"unnamed": collateral["words"], "unnamed_drift": collateral["change"]}
+        return {**measures, **unnamed}
+    guidance = measures["unnamed_drift"]
+    worse = max(guidance, collateral["change"])
+    return {**measures, "unnamed_guidance": guidance, "unnamed_drift": worse}
+
+
+def _concepts(
+    settings: EraseSettings,
+    exact: ExactSet,
+    solution: ClosedForm | None,
+    measures: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """What became of each concept."""
+    held_out = measures["moved_held_out"]
+    return [
+        {
+            **dataclasses.asdict(concept),
+            "share_left": exact.shares_left[index],
+            "keys_and_values_moved": solution.moved[index] if solution else None,
+            "moved": held_out["concepts"][index] if held_out else None,
+            "columns": list(solution.columns[index])
+            if solution and settings.form == "hard"
+            else None,
+        }
+        for index, concept in enumerate(settings.concepts)
+    ]
