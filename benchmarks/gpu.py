@@ -28,7 +28,7 @@ import comfy.model_patcher
 import comfy.sample
 import comfy.sd
 import torch
-from concept_surgery.erase_core import Finished, erase, preset_settings
+from concept_surgery.erase_core import Erasure, Meter, Progress, erase, preset_settings
 from concept_surgery.nodes.apply import MODES, apply_erasure
 from concept_surgery.nodes.families import model_family
 from concept_surgery.nodes.host import ComfyDenoiser
@@ -95,7 +95,7 @@ def picture(model, positive: list, negative: list, side: int) -> torch.Tensor:
         return comfy.sample.sample(model, noise, *how, disable_pbar=True, seed=0)
 
 
-def train(model, clip, settings) -> tuple[Finished, dict[str, float]]:
+def train(model, clip, settings) -> tuple[Erasure, dict[str, float]]:
     """As the node does, with the seconds of its stages; nothing is known from before."""
     stages: dict[str, float] = {}
     with torch.inference_mode(False), torch.enable_grad():
@@ -103,13 +103,17 @@ def train(model, clip, settings) -> tuple[Finished, dict[str, float]]:
         with ComfyDenoiser(
             model, clip, "", images, settings.resolution, settings.layers
         ) as denoiser:
-            before = time.perf_counter()
-            for event in erase(settings, denoiser):
+            began, current = time.perf_counter(), "Starting"
+
+            def switch(progress: Progress) -> None:
+                nonlocal began, current
                 now = time.perf_counter()
-                stage = "Finishing" if isinstance(event, Finished) else event.stage.split(",")[0]
-                stages[stage] = stages.get(stage, 0.0) + now - before
-                before = now
-    return event, {stage: round(seconds, 2) for stage, seconds in stages.items()}
+                stages[current] = stages.get(current, 0.0) + now - began
+                began, current = now, progress.stage.split(",")[0]
+
+            erasure = erase(settings, denoiser, meter=Meter(switch))
+            stages[current] = stages.get(current, 0.0) + time.perf_counter() - began
+    return erasure, {stage: round(seconds, 2) for stage, seconds in stages.items()}
 
 
 def measure(name: str, preset: str) -> dict[str, Any]:

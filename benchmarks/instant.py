@@ -23,12 +23,15 @@ load_pack()
 
 import torch  # noqa: E402
 from concept_surgery.erase_core.method.closed_form import EditRegression, TokenTargets  # noqa: E402
-from concept_surgery.erase_core.method.encoded import EncodedPrompts  # noqa: E402
 from concept_surgery.erase_core.method.language import shrunk  # noqa: E402
-from concept_surgery.erase_core.method.pooled import POOLED_SHRINKAGE, solve_pooled  # noqa: E402
-from concept_surgery.erase_core.method.protection import strongest_that_moves  # noqa: E402
+from concept_surgery.erase_core.method.protection import (  # noqa: E402
+    RIDGES,
+    strongest_that_moves,
+)
 from concept_surgery.erase_core.method.subspace import exact_set, leakage  # noqa: E402
-from concept_surgery.erase_core.model.prompt import Encoded  # noqa: E402
+from concept_surgery.erase_core.method.ways import WayIn  # noqa: E402
+from concept_surgery.erase_core.model.prompt import POOLED as POOLED_WAY  # noqa: E402
+from concept_surgery.erase_core.run.heard import OTHER_SHRINKAGE  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "instant.json"
 THREADS, TOKENS, TEMPLATES, RANK = 1, 77, 12, 16
@@ -82,10 +85,12 @@ def solve_vectors(concepts: int) -> None:
     """The same for pooled vectors."""
     concept_edits, null = edits(concepts, POOLED, tokens=1)
     vectors = torch.randn(256, POOLED, generator=torch.Generator().manual_seed(3)).double()
-    prompts = EncodedPrompts([], concept_edits, Encoded(null), [], [])
     matrix = next(iter(matrices([POOLED_MATRIX[0]], POOLED_MATRIX[1]).values()))
-    moment = shrunk(vectors.T @ vectors / len(vectors), POOLED_SHRINKAGE)
-    assert solve_pooled("pooled", matrix, prompts, [prompts.null], moment, RANK).edit()
+    moment = shrunk(vectors.T @ vectors / len(vectors), OTHER_SHRINKAGE)
+    exact = exact_set([edit.change for edit in concept_edits], [null], [])
+    way = WayIn(POOLED_WAY, {"pooled": matrix}, concept_edits, exact, moment)
+    choice = strongest_that_moves(way.regression, RANK, None, ridges=RIDGES[::2])
+    assert way.edit(choice.solution)
 
 
 def solve(rows: list[int], width: int, concepts: int, pooled: bool = False) -> dict[str, Any]:
@@ -100,11 +105,7 @@ def solve(rows: list[int], width: int, concepts: int, pooled: bool = False) -> d
     with stages.stage("regression"):
         regression = EditRegression(concept_edits, exact.basis, moment, weights)
     with stages.stage("choice"):
-        try:
-            next(strongest_that_moves(regression, RANK, None))
-            raise AssertionError("nothing is sampled, so nothing should be yielded")
-        except StopIteration as end:
-            choice = end.value
+        choice = strongest_that_moves(regression, RANK, None)
     with stages.stage("factors"):
         factors = choice.solution.factors(weights)
     if pooled:

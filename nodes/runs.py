@@ -52,7 +52,7 @@ def run_to_end(
     # The host runs nodes in inference mode, where nothing can be trained.
     with torch.inference_mode(False), torch.enable_grad():
         with ComfyDenoiser(model, clip, name, images, size, settings.layers) as denoiser:
-            erasure = erase(settings, denoiser, meter, LanguageStore(), results, reuse)
+            erasure = erase(settings, denoiser, LanguageStore(), meter, results, reuse)
     return erasure, meter.reused
 
 

@@ -46,8 +46,8 @@ from .training import Start, Trained, train_where_it_helps, tried_movement
 def erase(
     settings: EraseSettings,
     denoiser: Denoiser,
-    meter: Meter | None = None,
     language_cache: MutableMapping[str, Tensor] | None = None,
+    meter: Meter | None = None,
     results: MutableMapping[str, Erasure] | None = None,
     reuse: str = USE_IF_THERE,
 ) -> Erasure:
@@ -57,8 +57,8 @@ def erase(
     same result.
 
     Args:
-        meter: what it costs, how far it is, and whether to stop, for the caller to look at.
         language_cache: second moments of ordinary language by key, kept by the caller.
+        meter: what it costs, how far it is, and whether to stop, for the caller to look at.
         results: finished erasures by key, kept by the caller. A complete one with the key of this
             run is returned without any prediction; a new one is put in before it is returned.
         reuse: what to do about a stored result, one of :data:`identity.REUSE`.

@@ -333,7 +333,7 @@ def test_training_that_diverges_ends_and_keeps_what_was_learned(monkeypatch):
         if progress.stage.startswith("Training, step 8"):
             factor = math.nan
 
-    erasure = erase(settings, ToyDenoiser(), Meter(spoil))
+    erasure = erase(settings, ToyDenoiser(), meter=Meter(spoil))
     record = erasure.record
     assert record["steps_done"] == 7 and not record["complete"]
     assert "The loss became nan. Lower the learning rate" in report_text(record)

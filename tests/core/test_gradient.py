@@ -212,7 +212,7 @@ def test_the_check_costs_five_after_one_for_the_memory_and_touches_nothing():
     settings = preset_settings("balanced", concepts="cat => dog", seed=1, **SMALL)
     toy, spent = ToyDenoiser(), {}
     report = lambda progress: spent.setdefault(progress.stage, toy.calls)  # noqa: E731
-    record = erase(settings, toy, Meter(report)).record
+    record = erase(settings, toy, meter=Meter(report)).record
     assert spent["Training, step 1 of 2"] - spent["Checking the gradient"] == 1 + 5
     assert spent["Training, step 2 of 2"] - spent["Training, step 1 of 2"] == 3 * settings.batch
     assert record["forward_equivalents"] == toy.calls

@@ -156,7 +156,7 @@ def test_samples_are_from_the_middle_and_come_over_together():
 def run(toy, results, reuse=REUSE[0], should_stop=lambda: False, **values):
     asked = preset_settings("balanced", **{"concepts": "cat => dog", **SMALL, **values})
     seen, meter = [], Meter(lambda progress: seen.append(progress), should_stop)
-    erasure = erase(asked, toy, meter, results=results, reuse=reuse)
+    erasure = erase(asked, toy, meter=meter, results=results, reuse=reuse)
     return [*seen, erasure, meter.reused]
 
 

@@ -206,4 +206,4 @@ def test_the_gradient_is_checked_as_it_is_computed(monkeypatch, when):
     monkeypatch.setattr(Recompute, "__call__", change)
     settings = preset_settings("balanced", concepts="cat => dog", protection=1.0, **SMALL)
     with pytest.raises(GradientError, match="gradient is wrong"):
-        erase(settings, toy, Meter(toy.fill_up))
+        erase(settings, toy, meter=Meter(toy.fill_up))

@@ -118,5 +118,5 @@ class ToyDenoiser(Denoiser):
 def watched(settings, denoiser, should_stop=lambda: False, **more):
     """What a run reports, and the erasure that it gives in the end."""
     seen = []
-    erasure = erase(settings, denoiser, Meter(seen.append, should_stop), **more)
+    erasure = erase(settings, denoiser, meter=Meter(seen.append, should_stop), **more)
     return [*seen, erasure]

@@ -9,7 +9,7 @@ from pathlib import Path
 import comfy.sd
 import pytest
 import torch
-from concept_surgery.erase_core import Finished
+from concept_surgery.erase_core import Erasure
 from concept_surgery.nodes.store import LanguageStore
 
 from tools.checkpoint import build_checkpoint
@@ -43,7 +43,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> LanguageStore:
 
 
 @pytest.fixture(scope="session")
-def finished(loaded, store: LanguageStore) -> Finished:
+def finished(loaded, store: LanguageStore) -> Erasure:
     """Cats turned into dogs."""
     return train(loaded, store, concepts="cat => dog", keep=("a photo of a tiger",))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import comfy.model_management
 import comfy.model_patcher
@@ -12,7 +13,7 @@ import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from comfy_extras.nodes_model_merging import ModelMergeSimple
-from concept_surgery.erase_core import Finished, erase, preset_settings
+from concept_surgery.erase_core import Erasure, Meter, erase, preset_settings
 from concept_surgery.nodes.apply import apply_erasure
 from concept_surgery.nodes.host import ComfyDenoiser
 from concept_surgery.nodes.identity import model_identity
@@ -52,13 +53,19 @@ def loaded(checkpoint):
     return load(checkpoint)
 
 
-def train(loaded, results, language, **values) -> Finished:
+class Result(NamedTuple):
+    erasure: Erasure
+    stored: bool
+
+
+def train(loaded, results, language, **values) -> Result:
     """A result without sampling and steps: which of them a result needs is not the question."""
     settings = preset_settings("instant", **{"concepts": "cat", "captions": 16, **values})
     with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
         with ComfyDenoiser(*loaded, "tiny", 6, settings.resolution) as denoiser:
-            last = erase(settings, denoiser, language, results=results)
-    return last
+            meter = Meter()
+            erasure = erase(settings, denoiser, language, meter, results)
+    return Result(erasure, meter.reused)
 
 
 def test_the_model_is_loaded_after_the_text_encoder_is_done_and_not_for_a_stored_result(

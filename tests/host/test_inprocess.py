@@ -10,7 +10,7 @@ import comfy.sd
 import comfy.supported_models
 import pytest
 import torch
-from concept_surgery.erase_core import PredictionError, erase, preset_settings
+from concept_surgery.erase_core import Meter, PredictionError, erase, preset_settings
 from concept_surgery.erase_core.artefact.report import report_text
 from concept_surgery.erase_core.model.prompt import Encoded
 from concept_surgery.erase_core.settings.layers import LayerRuleError
@@ -24,7 +24,15 @@ from concept_surgery.nodes.train import TrainErasure
 from tools.checkpoint import build_checkpoint
 from tools.environment import BUILD
 
-from .tiny import QUICK, noise_prediction, relative_change, tokens_of, train, weights_hash
+from .tiny import (
+    QUICK,
+    interrupting,
+    noise_prediction,
+    relative_change,
+    tokens_of,
+    train,
+    weights_hash,
+)
 
 KEEP = ("tiger", "a red car", "a house", "a boat", "an old man", "a tree", "pizza", "a castle")
 # As many steps and states as the preset says, which are what its budget and its bounds are about;
@@ -45,8 +53,8 @@ def test_exact_prompts_do_not_move_and_the_rest_is_reported(loaded, store, count
         negative_prompts=(negative,),
         steps=2,
     )
-    patched = apply_erasure(model, result.erasure, 1.0)
-    kept = result.erasure.record["measures"]["kept"]
+    patched = apply_erasure(model, result, 1.0)
+    kept = result.record["measures"]["kept"]
     assert [entry["text"] for entry in kept] == list(KEEP[:count])
     exact = ["", negative, *(entry["text"] for entry in kept if entry["exact"])]
     for tokens in tokens_of(clip, exact):
@@ -69,7 +77,7 @@ def test_exact_prompts_do_not_move_and_the_rest_is_reported(loaded, store, count
     ids=["alternative", "removed", "style"],
 )
 def test_balanced_moves_the_guidance_within_its_budget(loaded, store, values):
-    record = train(loaded, store, **PRESET, **values).erasure.record
+    record = train(loaded, store, **PRESET, **values).record
     measures = record["measures"]
     assert measures["moved_held_out"]["overall"] >= 0.90
     assert measures["moved_sampled"]["overall"] >= 0.80
@@ -80,12 +88,12 @@ def test_balanced_moves_the_guidance_within_its_budget(loaded, store, values):
 def test_instant_moves_the_guidance_without_sampling(loaded, store):
     """At least 70 % on held-out states, which are sampled here only to measure."""
     alone = train(loaded, store, captions=64, steps=0, trajectories=0, concepts="cat => dog")
-    record = alone.erasure.record
+    record = alone.record
     assert record["forward_equivalents"] == 0 and record["measures"]["moved_held_out"] is None
     measured = train(loaded, store, captions=64, steps=0, trajectories=8, concepts="cat => dog")
-    assert measured.erasure.record["measures"]["moved_held_out"]["overall"] >= 0.70
+    assert measured.record["measures"]["moved_held_out"]["overall"] >= 0.70
     model, clip = loaded
-    patched = apply_erasure(model, alone.erasure, 1.0)
+    patched = apply_erasure(model, alone, 1.0)
     tokens, erased = tokens_of(clip, ["", "a photo of a cat"])
     assert relative_change(model, patched, tokens) <= 1e-5
     assert relative_change(model, patched, erased) > 0.02
@@ -97,7 +105,7 @@ def test_soft_form_holds_by_penalty_within_its_budget(loaded, store, layers):
     """Squared drifts of the null prompt and of four keep prompts at most 5 % of the change."""
     settings = {"form": "soft", "layers": layers, "keep": KEEP[:4], "concepts": "cat => dog"}
     result = train(loaded, store, **PRESET, **settings)
-    record = result.erasure.record
+    record = result.record
     measures = record["measures"]
     assert measures["moved_held_out"]["overall"] >= 0.90
     erased = measures["moved_held_out"]["erased_change"] ** 2
@@ -105,7 +113,7 @@ def test_soft_form_holds_by_penalty_within_its_budget(loaded, store, layers):
     assert len(measures["kept"]) == 4
     assert all(not k["exact"] and k["drift"] ** 2 <= 0.05 * erased for k in measures["kept"])
     assert record["forward_equivalents"] <= 2700
-    patched = apply_erasure(loaded[0], result.erasure, 1.0)
+    patched = apply_erasure(loaded[0], result, 1.0)
     assert len(patched.patches) == record["matrices"]
 
 
@@ -130,7 +138,7 @@ def test_several_concepts_share_a_run_and_one_is_taken_out_again(loaded, store):
     model, clip = loaded
     settings = {"captions": 64, "steps": 12, "trajectories": 12, "sampling_steps": 6}
     result = train(loaded, store, concepts="cat => dog\npizza\ncastle => tent", **settings)
-    both = result.erasure
+    both = result
     moved = {c["text"]: c["moved"] for c in both.record["concepts"]}
     assert min(moved.values()) >= 0.7
     less = both.without(["pizza"])
@@ -165,7 +173,7 @@ def moved_at(model, patched, erased, alternative, sigma=5.0) -> float:
 
 def test_early_stop_ends_the_run_when_little_is_left(loaded, store):
     settings = {"captions": 64, "steps": 80, "trajectories": 8, "sampling_steps": 6}
-    record = train(loaded, store, concepts="cat => dog", stop_below=0.2, **settings).erasure.record
+    record = train(loaded, store, concepts="cat => dog", stop_below=0.2, **settings).record
     assert record["converged"] and record["complete"] and record["steps_done"] < 80
     assert "stayed below 20%" in report_text(record)
 
@@ -173,7 +181,7 @@ def test_early_stop_ends_the_run_when_little_is_left(loaded, store):
 def test_a_distilled_model_is_trained_at_guidance_one(loaded, store):
     settings = preset_settings("balanced", concepts="cat => dog", distilled=True)
     values = {"guidance_scale": settings.guidance_scale, "sampling_steps": 4, "captions": 64}
-    record = train(loaded, store, concepts="cat => dog", **values).erasure.record
+    record = train(loaded, store, concepts="cat => dog", **values).record
     assert record["settings"]["guidance_scale"] == 1
     assert record["measures"]["moved_held_out"]["overall"] >= 0.7
     assert "negative prompts aren't used there" in report_text(record)
@@ -181,14 +189,14 @@ def test_a_distilled_model_is_trained_at_guidance_one(loaded, store):
 
 def test_same_seed_same_result_and_another_seed_another(loaded, store, finished):
     values = {"concepts": "cat => dog", "keep": ("a photo of a tiger",)}
-    assert train(loaded, store, **values).erasure.identity == finished.identity
-    assert train(loaded, store, seed=1, **values).erasure.identity != finished.identity
+    assert train(loaded, store, **values).identity == finished.identity
+    assert train(loaded, store, seed=1, **values).identity != finished.identity
 
 
 def test_training_and_applying_leave_the_model_as_it_was(loaded, store):
     model, clip = loaded
     before = weights_hash(model)
-    patched = apply_erasure(model, train(loaded, store, concepts="cat").erasure, 1.0)
+    patched = apply_erasure(model, train(loaded, store, concepts="cat"), 1.0)
     noise_prediction(patched, tokens_of(clip, ["a cat"])[0], 2.0)
     assert weights_hash(model) == before
     assert not model.patches
@@ -204,9 +212,7 @@ def test_an_error_and_an_interrupt_leave_the_model_as_it_was(loaded, store, monk
         pytest.raises(comfy.model_management.InterruptProcessingException),
     ):
         with ComfyDenoiser(*loaded, "tiny", 6, 64) as denoiser:
-            for event in erase(settings, denoiser, store):
-                if event.stage.startswith("Training"):
-                    comfy.model_management.interrupt_current_processing(True)
+            erase(settings, denoiser, store, Meter(interrupting("Training")))
     assert weights_hash(model) == before
     with pytest.raises(RuntimeError, match="broken"):
         with ComfyDenoiser(*loaded, "tiny", 6, 64):
@@ -242,7 +248,7 @@ def test_twice_is_refused_and_two_erasures_commute(loaded, store, finished):
     once = apply_erasure(model, finished, 1.0)
     with pytest.raises(ApplyError, match="already on this model"):
         apply_erasure(once, finished, 0.5)
-    other = train(loaded, store, concepts="pizza").erasure
+    other = train(loaded, store, concepts="pizza")
     both = apply_erasure(once, other, 1.0)
     swapped = apply_erasure(apply_erasure(model, other, 1.0), finished, 1.0)
     tokens = tokens_of(clip, ["a cat eating pizza"])[0]
@@ -292,8 +298,8 @@ def test_prompts_beyond_the_window_are_encoded_whole_and_kept_exact(loaded, stor
     for alone, batched in zip((one, other), tokens_of(clip, [long, "a cat"], True), strict=True):
         torch.testing.assert_close(alone, batched, rtol=1e-4, atol=1e-4)
     result = train(loaded, store, concepts="cat => dog", keep=(long,), steps=2)
-    (kept,) = result.erasure.record["measures"]["kept"]
-    patched = apply_erasure(model, result.erasure, 1.0)
+    (kept,) = result.record["measures"]["kept"]
+    patched = apply_erasure(model, result, 1.0)
     assert kept["exact"] and relative_change(model, patched, one) <= 1e-5
 
 

@@ -6,7 +6,7 @@ import comfy.supported_models
 import pytest
 import torch
 from comfy import sd1_clip, sdxl_clip
-from concept_surgery.erase_core import SettingsError, erase, preset_settings
+from concept_surgery.erase_core import Meter, SettingsError, erase, preset_settings
 from concept_surgery.erase_core.method.alignment import VECTOR_IDS, align_tokens, word_span
 from concept_surgery.erase_core.method.encoded import encode_prompts
 from concept_surgery.erase_core.settings import families
@@ -84,14 +84,16 @@ def test_the_same_result_is_found_again_and_another_file_is_another_result(inver
     results = {}
     settings = preset_settings("instant", concepts=f"{CAT} => dog", **QUICK)
     for stored in (False, True):
-        last = erase(settings, inverting, results=results)
-        assert last.stored == stored
+        meter = Meter()
+        erase(settings, inverting, meter=meter, results=results)
+        assert meter.reused == stored
     save_file({"emb_params": vectors(2, 768, 9)}, f"{folder}/mycat.safetensors")
     try:
-        last = erase(settings, inverting, results=results)
+        meter = Meter()
+        erase(settings, inverting, meter=meter, results=results)
     finally:
         save_file({"emb_params": vectors(2, 768, 0)}, f"{folder}/mycat.safetensors")
-    assert not last.stored and len(results) == 2
+    assert not meter.reused and len(results) == 2
 
 
 @pytest.mark.parametrize(

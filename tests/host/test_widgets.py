@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from concept_surgery.erase_core import Finished, SettingsError, erase
+from concept_surgery.erase_core import Erasure, SettingsError, erase
 from concept_surgery.erase_core.artefact.report import report_text
 from concept_surgery.erase_core.settings.prompts import prompt_pairs
 from concept_surgery.nodes.train import TrainErasure, settings_from_widgets
@@ -108,4 +108,4 @@ def test_what_is_accepted_runs_or_is_refused_in_words(seed):
     except Exception as error:
         assert type(error).__name__ in REFUSED and "nan" not in str(error)
     else:
-        assert isinstance(last, Finished) and report_text(last.record)
+        assert isinstance(last, Erasure) and report_text(last.record)

@@ -6,20 +6,30 @@ import hashlib
 
 import comfy.model_management
 import torch
-from concept_surgery.erase_core import Finished, erase, preset_settings
+from concept_surgery.erase_core import Erasure, erase, preset_settings
 from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.host import ComfyDenoiser
 
 QUICK = {"steps": 4, "trajectories": 4, "sampling_steps": 4, "captions": 24, "resolution": 64}
 
 
-def train(loaded, store, name="tiny", **values) -> Finished:
+def train(loaded, store, name="tiny", **values) -> Erasure:
     """The balanced preset with few steps, on MODEL and CLIP, as the host's executor runs nodes."""
     settings = preset_settings("balanced", **{**QUICK, **values})
     with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
         with ComfyDenoiser(*loaded, name, 6, settings.resolution, settings.layers) as denoiser:
             last = erase(settings, denoiser, store)
     return last
+
+
+def interrupting(stage):
+    """A meter's report that presses the host's cancel button when a stage begins."""
+
+    def report(progress) -> None:
+        if progress.stage.startswith(stage):
+            comfy.model_management.interrupt_current_processing(True)
+
+    return report
 
 
 def weights_hash(model) -> str:
