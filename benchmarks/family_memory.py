@@ -15,10 +15,10 @@ from benchmarks.families import ARCHITECTURES, META, on_meta  # first: it loads 
 
 import torch  # isort: skip
 from concept_surgery.erase_core.model.activations import SavedBytes
+from concept_surgery.erase_core.model.blocks import blocks_run_by
+from concept_surgery.erase_core.model.out_of_place import OutOfPlace
 from concept_surgery.erase_core.settings.settings import EraseSettings, preset_settings
-from concept_surgery.nodes.blocks import blocks_run_by
 from concept_surgery.nodes.families import model_family
-from concept_surgery.nodes.inplace import OutOfPlace
 from concept_surgery.nodes.matrices import trained_keys
 from torch import Tensor, nn
 

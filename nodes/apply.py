@@ -9,11 +9,21 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..erase_core import Erasure, SettingsError
+from ..erase_core.artefact.fit import is_of_encoder, other_base_warning, other_encoder_warning
 from ..erase_core.artefact.formats import kohya_tensors
+from ..erase_core.artefact.stack import (
+    EXACT,
+    MERGE,
+    AppliedErasure,
+    applied_twice_problem,
+    harm_text,
+    left_behind_warnings,
+    overlap_warnings,
+    stack_text,
+    together_text,
+)
 from ..erase_core.artefact.together import changes_together
-from ..erase_core.files.fingerprint import fingerprint, same_fingerprint
 from ..erase_core.method.collateral import WordChanges
-from ..erase_core.run.measure import key_value_drift
 from ..erase_core.settings.layers import LayerRuleError, reads_prompt
 from .downstream import weight_takers
 from .encoding import encode_null
@@ -25,23 +35,11 @@ from .matrices import is_base_of, known_matrices, kohya_keys, original_weights
 from .messages import upstream_file, warn_all
 from .refusals import check_choice, refusal
 from .schema import CATEGORY, ErasureType, compatible
-from .stack import (
-    ATTACHMENT,
-    EXACT,
-    MERGE,
-    Applied,
-    applied_to,
-    harm_text,
-    left_behind_warnings,
-    overlap_warnings,
-    stack_text,
-    together_text,
-    twice_text,
-)
-from .store import LanguageStore
+from .stores import language_store
 
 MODES = (MERGE, EXACT)
 STRONGEST = 5.0
+ATTACHMENT = "concept_surgery_applied"
 
 
 class ApplyError(ValueError):
@@ -145,7 +143,7 @@ def apply_erasure(model, erasure: Erasure, strength: float, mode: str = MERGE):
         )
     keys = _matching_keys(model, erasure)
     applied = applied_to(model)
-    twice = twice_text(applied, erasure, _loras_on(model, keys))
+    twice = applied_twice_problem(applied, erasure, _loras_on(model, keys))
     if twice:
         raise ApplyError(twice)
     patched = model.clone()
@@ -155,7 +153,7 @@ def apply_erasure(model, erasure: Erasure, strength: float, mode: str = MERGE):
         add_side_path(patched, erasure, keys, strength)
     else:
         _merge(patched, erasure, keys, strength)
-    patched.set_attachments(ATTACHMENT, (*applied, Applied.of(erasure, mode, strength)))
+    patched.set_attachments(ATTACHMENT, (*applied, AppliedErasure.of(erasure, mode, strength)))
     return patched
 
 
@@ -163,28 +161,23 @@ def mismatches(model, erasure: Erasure, clip, name: str) -> list[str]:
     """Warnings when the erasure was made on another base or with another text encoder."""
     warnings = []
     if not is_base_of(model, erasure.record):
-        base = erasure.record["base"]["name"] or "another model"
-        warnings.append(
-            f"The erasure of {erasure.concept!r} was made on {base}, "
-            f"this model is {name or 'a different one'}. It may erase less and change more."
-        )
-    if clip is not None:
-        encoded = encode_null(clip)
-        null, misfits = encoded.tokens, misfit(model, encoded)
-        if misfits:
-            warnings.append(misfits)
-        elif not same_fingerprint(erasure.record["text_encoder"], fingerprint({"null": null})):
-            keys = _matching_keys(model, erasure)
-            readers = {name: key for name, key in keys.items() if reads_prompt(name)}
-            text = f"The erasure of {erasure.concept!r} was made with another text encoder: "
-            if readers:
-                drift = key_value_drift(erasure.edit(), original_weights(model, readers), null)
-                text += f"with this one the null prompt moves by {drift:.2%}, so other pictures "
-                text += "change too."
-            else:
-                text += "what it changes besides isn't known."
-            warnings.append(text)
+        warnings.append(other_base_warning(erasure, name))
+    if clip is None:
+        return warnings
+    encoded = encode_null(clip)
+    misfits = misfit(model, encoded)
+    if misfits:
+        warnings.append(misfits)
+    elif not is_of_encoder(erasure, encoded.tokens):
+        keys = _matching_keys(model, erasure)
+        readers = original_weights(model, {n: key for n, key in keys.items() if reads_prompt(n)})
+        warnings.append(other_encoder_warning(erasure, encoded.tokens, readers))
     return warnings
+
+
+def applied_to(model) -> tuple[AppliedErasure, ...]:
+    """The erasures on a model, in the order in which they were applied."""
+    return model.get_attachment(ATTACHMENT) or ()
 
 
 def stack_report(model, changes: WordChanges | None = None) -> str:
@@ -209,10 +202,10 @@ def stack_changes(model, clip) -> WordChanges | None:
     except (UnsupportedModelError, LayerRuleError):
         return None
     known = kohya_keys(model)
-    names = {name for one in applied for name in one.erasure.factors if reads_prompt(name)}
+    erasures = [(one.erasure, one.strength) for one in applied if one.erasure is not None]
+    names = {name for erasure, _ in erasures for name in erasure.factors if reads_prompt(name)}
     weights = original_weights(model, {name: known[name] for name in sorted(names)})
-    erasures = [(one.erasure, one.strength) for one in applied]
-    return changes_together(erasures, denoiser, weights, LanguageStore())
+    return changes_together(erasures, denoiser, weights, language_store())
 
 
 def _merge(patcher, erasure: Erasure, keys: Mapping[str, str], strength: float) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class SidePath:
 
     def __call__(
         self,
-        executor: Callable[..., Tensor],
+        executor: Any,
         x: Tensor,
         t: Tensor,
         c_concat: Tensor | None = None,

@@ -12,14 +12,19 @@ from typing import Any
 import comfy.model_management
 import comfy.samplers
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
+from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
+from comfy.ldm.modules.attention import BasicTransformerBlock, attention_pytorch
+from comfy.ldm.modules.diffusionmodules.mmdit import JointBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor, nn
 
 from ..erase_core.model.activations import BlockRun
+from ..erase_core.model.blocks import blocks_run_by
 from ..erase_core.model.denoiser import Denoiser
 from ..erase_core.model.low_rank import LowRankEdit, LowRankSidePath
+from ..erase_core.model.out_of_place import OutOfPlace
 from ..erase_core.model.prompt import Encoded, stack_pooled, stack_tokens
-from .blocks import blocks_run_by
+from ..erase_core.model.twin import twin_network
 from .encoding import encode_prompts, refuse_hooks
 from .exact import WRAPPER_TYPE, is_side_path, side_paths
 from .families import (
@@ -30,13 +35,14 @@ from .families import (
     with_frames,
 )
 from .identity import model_identity
-from .inplace import OutOfPlace
 from .kinds import refuse_another_kind
 from .matrices import base_fingerprint, trained_keys
 from .packed import like, numbers_of
 from .tokens import row_ids
 from .vocabulary import vocabulary
 
+# The repeated blocks of the host's networks; none of them contains another.
+BLOCKS = (ResBlock, BasicTransformerBlock, JointBlock, DoubleStreamBlock, SingleStreamBlock)
 # A training step keeps activations that inference frees; the host moves other models out of the
 # way for this many times what it would reserve for sampling.
 TRAINING_MEMORY_FACTOR = 3
@@ -102,7 +108,7 @@ class ComfyDenoiser(Denoiser):
             vars(self).pop(made, None)
 
     @functools.cached_property
-    def _twin(self) -> nn.Module:
+    def _twin(self) -> Any:  # of the host's class for this architecture
         memory = self._model.memory_required(self._planned_shape) * TRAINING_MEMORY_FACTOR
         with _host_moves_weights():
             comfy.model_management.load_models_gpu([self._model], memory_required=memory)
@@ -187,7 +193,7 @@ class ComfyDenoiser(Denoiser):
 
     def around_blocks(self, run: BlockRun) -> contextlib.AbstractContextManager[None]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""
-        return blocks_run_by(self._twin.diffusion_model, run, self._surroundings)
+        return blocks_run_by(self._twin.diffusion_model, BLOCKS, run, self._surroundings)
 
     def _surroundings(self) -> Callable[[], contextlib.AbstractContextManager]:
         """What a block needs around it that is gone once the prediction has ended."""
@@ -302,43 +308,24 @@ def left_out_of_training(model) -> list[str]:
     ]
 
 
-def twin_of(model) -> nn.Module:
-    """The model's network again, over the same storage, as normal tensors.
+def twin_of(model) -> Any:
+    """The model again, of the host's class, its network a twin over the same storage.
 
-    What a loader node made are inference tensors, which autograd refuses even when frozen, and
-    all clones of a MODEL share one module that must stay as it is. Must be called while the model
+    All clones of a MODEL share one module that must stay as it is. Must be called while the model
     is loaded and outside inference mode.
     """
     base = model.model
-    network = base.diffusion_model
-    memo: dict[int, Any] = {}
-    for module in network.modules():
-        for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            if tensor is not None and id(tensor) not in memo:
-                memo[id(tensor)] = _over_same_storage(tensor)
-        # Functions that patch streamed weights hold the host's patches; share, don't copy.
-        for function in [
-            *getattr(module, "weight_function", ()),
-            *getattr(module, "bias_function", ()),
-        ]:
-            memo[id(function)] = function
     twin = copy.copy(base)
     twin._modules = dict(base._modules)
-    twin.diffusion_model = copy.deepcopy(network, memo)
+    # Functions that patch streamed weights hold the host's patches; share, don't copy.
+    twin.diffusion_model = twin_network(base.diffusion_model, _functions_on_weights, like)
     twin.model_sampling = model.get_model_object("model_sampling")
     twin.current_patcher = None
     return twin
 
 
-def _over_same_storage(tensor: Tensor) -> Tensor:
-    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    size = Tensor.size(tensor)  # a packed tensor's shape is that of the numbers in it
-    alias.set_(tensor.untyped_storage(), tensor.storage_offset(), size, tensor.stride())
-    if type(tensor) not in (Tensor, nn.Parameter):
-        alias = like(alias, tensor)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(alias, requires_grad=False)
-    return alias
+def _functions_on_weights(module: nn.Module) -> list[Any]:
+    return [*getattr(module, "weight_function", ()), *getattr(module, "bias_function", ())]
 
 
 def _modules_at(twin: nn.Module, keys: Mapping[str, str]) -> dict[str, nn.Module]:

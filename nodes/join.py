@@ -8,13 +8,14 @@ from typing import Any
 from comfy_api.v0_0_2 import io
 
 from ..erase_core import Erasure, SettingsError
+from ..erase_core.artefact.stack import overlap_warnings
 from ..erase_core.artefact.together import settings_together, warnings_together
+from .apply import applied_to
 from .families import trainable_family
 from .matrices import is_base_of
 from .messages import upstream_file
 from .runs import refuse_without_clip, report_of, run_to_end
 from .schema import CATEGORY, ErasureType, compatible
-from .stack import applied_to, overlap_warnings
 
 MOST_ERASURES = 10
 REQUIRED = 2

@@ -76,7 +76,7 @@ def upstream_file(prompt: Mapping[str, Any] | None, node_id: str | None, name: s
         name: the input to follow, through nodes that pass it on under the same name.
     """
     seen = set()
-    while prompt and node_id in prompt and node_id not in seen:
+    while prompt and node_id is not None and node_id in prompt and node_id not in seen:
         seen.add(node_id)
         inputs = prompt[node_id].get("inputs", {})
         for file_input in FILE_INPUTS:
@@ -96,6 +96,6 @@ def _send_text(text: str, node_id: str | None) -> None:
         return
     from server import PromptServer
 
-    server = getattr(PromptServer, "instance", None)
-    if hasattr(server, "send_progress_text"):
-        server.send_progress_text(shown(text), node_id)
+    send = getattr(getattr(PromptServer, "instance", None), "send_progress_text", None)
+    if send is not None:
+        send(shown(text), node_id)

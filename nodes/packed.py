@@ -7,6 +7,7 @@ unpack with ``get_weight(tensor, dtype)``. Everything here asks for those featur
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def contents(tensor: Tensor) -> dict[str, Any] | None:
     """
     if hasattr(tensor, "__tensor_flatten__"):  # PyTorch's protocol for tensors made of others
         tensor = tensor.detach()  # the host's own notes its parts on what it is asked for
-        names, rest = tensor.__tensor_flatten__()
+        names, rest = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         return {**{name: getattr(tensor, name) for name in names}, "made with": rest}
     if type(tensor) in (Tensor, nn.Parameter) or not tensor.untyped_storage().nbytes():
         return None
@@ -72,7 +73,8 @@ def numbers_of(module: nn.Module, device: torch.device, dtype: torch.dtype) -> T
     Raises:
         UnsupportedModelError: packed in a way that the layer can't undo, or not there.
     """
-    weight, functions = module.weight.detach(), getattr(module, "weight_function", ())
+    weight: Tensor = module.get_parameter("weight").detach()
+    functions: Sequence[Callable[[Tensor], Tensor]] = getattr(module, "weight_function", ())
     if weight.device.type == "meta":
         raise UnsupportedModelError(
             f"This host hasn't loaded the weights that are to be trained ({type(module).__name__} "
@@ -95,7 +97,7 @@ def unpatched(weight: Tensor) -> Tensor:
     if not getattr(weight, "patches", None):
         return weight
     plain = like(Tensor.detach(weight), weight)
-    plain.patches = []
+    vars(plain)["patches"] = []
     return plain
 
 

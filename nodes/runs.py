@@ -15,8 +15,7 @@ from ..erase_core.run.plan import cost_warning
 from .families import trainable_family
 from .host import ComfyDenoiser, left_out_of_training
 from .messages import show_progress_text, shown, upstream_file, warn, warn_all
-from .results import ResultStore
-from .store import LanguageStore
+from .stores import language_store, result_store
 
 
 def refuse_without_clip(clip) -> None:
@@ -46,13 +45,13 @@ def run_to_end(
     """
     node_id = hidden.unique_id
     name = upstream_file(hidden.prompt, node_id, "model")
-    results = ResultStore(warn=lambda text: warn(text, node_id))
+    results = result_store(node_id)
     meter = Meter(_progress_of(model, settings, node_id))
     images, size = 3 * settings.batch, settings.resolution
     # The host runs nodes in inference mode, where nothing can be trained.
     with torch.inference_mode(False), torch.enable_grad():
         with ComfyDenoiser(model, clip, name, images, size, settings.layers) as denoiser:
-            erasure = erase(settings, denoiser, LanguageStore(), meter, results, reuse)
+            erasure = erase(settings, denoiser, language_store(), meter, results, reuse)
     return erasure, meter.reused
 
 

@@ -135,8 +135,8 @@ def settings_from_widgets(
             "captions",
         )
     }
-    as_they_are = ("keep", "negative_prompts", "kind", "templates", "eta")
-    as_they_are += ("drift_weight", "keep_weight", "null_score")
+    as_they_are = ["keep", "negative_prompts", "kind", "templates", "eta"]
+    as_they_are += ["drift_weight", "keep_weight", "null_score"]
     chosen = {
         name: None if _is(AUTO, widgets.get(name, AUTO)) else widgets[name]
         for name in ("form", "layers")

@@ -53,7 +53,8 @@ def _tokens(tokenizer: Any) -> Mapping[int, Any]:
     by_id = getattr(tokenizer, "inv_vocab", None)
     if isinstance(by_id, Mapping) and by_id:
         return by_id
-    for holder in (tokenizer, getattr(tokenizer, "tokenizer", None)):
+    holders: tuple[Any, ...] = (tokenizer, getattr(tokenizer, "tokenizer", None))
+    for holder in holders:
         try:
             by_id = {number: token for token, number in holder.get_vocab().items()}
         except _NO_LIST:
@@ -71,7 +72,7 @@ def _words(tokens: Mapping[int, Any]) -> list[str]:
             text = token.decode("utf-8", "replace") if isinstance(token, bytes) else token
             match = form.fullmatch(text) if isinstance(text, str) else None
             if match:
-                found[number] = match[match.lastindex]
+                found[number] = next(filter(None, match.groups()))
         if found:
             return list(dict.fromkeys(found[number] for number in sorted(found)))
     return []

@@ -50,7 +50,7 @@ class Method:
 
 @cache
 def _language() -> Any:
-    from concept_surgery.nodes.store import LanguageStore
+    from concept_surgery.erase_core.artefact.language_store import LanguageStore
 
     return LanguageStore(WORK / "language")
 

@@ -53,10 +53,11 @@ def diffusers_tensors(
     Raises:
         ValueError: a matrix that diffusers has another layout for, or a family that isn't known.
     """
-    names = by_name(family).diffusers_names
-    if names == {}:
+    known = by_name(family).diffusers_names
+    if known == {}:
         return kohya_tensors(bases, factors)
-    odd = sorted(set(factors) - set(names or ()))
+    names = known or {}
+    odd = sorted(set(factors) - set(names))
     if odd:
         raise ValueError(
             f"What diffusers calls {odd[0]} of {family} isn't known here"

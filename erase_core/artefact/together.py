@@ -178,10 +178,11 @@ def _without_prompts(records: Sequence[Mapping[str, Any]], seed: int = 0) -> Era
         for concept in _concepts(records)
     ]
     templates = {tuple(_of(record, "templates", ())) for record in records}
-    numbers = {
+    numbers: dict[str, Any] = {
         name: max((_of(record, name) for record in records if _of(record, name)), default=None)
         for name in _LARGEST
     }
+    numbers |= {name: _of(records[0], name) for name in _FROM_THE_FIRST}
     return preset_settings(
         "instant",
         family=by_name(records[0].get("family", "")).defaults,
@@ -191,7 +192,6 @@ def _without_prompts(records: Sequence[Mapping[str, Any]], seed: int = 0) -> Era
         templates=templates.pop() if len(templates) == 1 else (),
         seed=seed,
         **numbers,
-        **{name: _of(records[0], name) for name in _FROM_THE_FIRST},
     )
 
 
@@ -283,7 +283,8 @@ def _contradictions(
 
 def _erased_by_others(text: str, records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Concepts that a kept prompt names, but for those of an erasure that keeps it itself."""
-    named, allowed = [], set()
+    named: list[str] = []
+    allowed: set[str] = set()
     for record in records:
         concepts = [
             c.text for c in _concepts_of(record) if those_naming([text], [name_of(c.text, c.kind)])

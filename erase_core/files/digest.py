@@ -47,7 +47,7 @@ def content_hash(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The values of a tensor on the CPU as bytes; without a copy where they lie in a row."""
-    return memoryview(flat_bytes(tensor).numpy())
+    return flat_bytes(tensor).numpy().data
 
 
 def flat_bytes(tensor: Tensor) -> Tensor:

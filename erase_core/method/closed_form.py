@@ -144,7 +144,7 @@ class EditRegression:
             self._best_within(edit, space.double(), inner, rank)
             for edit, space in zip(self._edits, spaces, strict=True)
         ]
-        return self._account(*zip(*parts, strict=True))
+        return self._account(parts)
 
     def _search(self, inner: Tensor, rank: int) -> Tensor:
         """For each concept a space that holds its leading directions, (concepts, width, size).
@@ -189,9 +189,10 @@ class EditRegression:
     def _beside_exact(self, rows: Tensor) -> Tensor:
         return remove_span(rows, self._exact)
 
-    def _account(self, bases: Sequence[Tensor], mixings: Sequence[Tensor]) -> ClosedForm:
+    def _account(self, parts: Sequence[tuple[Tensor, Tensor]]) -> ClosedForm:
         """What a solution does. Moved is in float32: the figures are for people."""
-        basis, mixing = torch.cat(bases, dim=1), torch.cat(mixings, dim=1)
+        basis = torch.cat([basis for basis, _ in parts], dim=1)
+        mixing = torch.cat([mixing for _, mixing in parts], dim=1)
         weighed = self._metric @ mixing
         own = mixing.T @ weighed  # A^T G A
         # mean |change - A R^T source|^2 in G is
@@ -200,7 +201,7 @@ class EditRegression:
         squared = self._moments.flatten(1) @ (basis @ own @ basis.T).float().flatten()
         moved = (2 * along - squared) / self._distances
         harm = float((own * (basis.T @ self._moment @ basis)).sum())
-        ends = [0, *accumulate(part.shape[1] for part in bases)]
+        ends = [0, *accumulate(own.shape[1] for own, _ in parts)]
         columns = list(zip(ends[:-1], ends[1:], strict=True))
         distance = float(self._distances.mean())
         return ClosedForm(basis, mixing, columns, moved.tolist(), distance, harm)

@@ -7,7 +7,7 @@ size that ordinary language has in it, ``E_m = tr(W_m M W_m^T)``. It needs no pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +123,21 @@ def _likeness(rows: Tensor, concepts: Sequence[Tensor]) -> Tensor:
         ways = torch.cosine_similarity(rows - middle, (concept.float() - middle)[None], dim=-1)
         found = torch.maximum(found, ways.mean(1))
     return found
+
+
+def key_value_drift(edit: LowRankEdit, matrices: Mapping[str, Tensor], tokens: Tensor) -> float:
+    """Largest relative change of a prompt's keys or values, ``max_m |C dW^T| / |C W^T|``.
+
+    Args:
+        matrices: W by name, (out, width), of those that read tokens.
+        tokens: token embeddings C of the prompt, (tokens, width).
+    """
+    changes = []
+    for name, matrix in matrices.items():
+        before = tokens @ matrix.float().cpu().T
+        change = (tokens @ edit.bases[name].cpu()) @ edit.factors[name].cpu().T
+        changes.append(float(change.norm() / before.norm().clamp(min=1e-12)))
+    return max(changes)
 
 
 def together(edits: Sequence[tuple[LowRankEdit, float]]) -> LowRankEdit:

@@ -150,12 +150,10 @@ def surgery_loss(
         raise ValueError(f"null_score must be one of {NULL_SCORES}, not {null_score!r}.")
     if drift is None and (drift_weight or null_score != "frozen"):
         raise ValueError("The drift term and a student's null score need the drift.")
-    if null_score == "student":
-        guidance = guidance - drift
-    elif null_score == "detached":
-        guidance = guidance - drift.detach()
+    if drift is not None and null_score != "frozen":
+        guidance = guidance - (drift if null_score == "student" else drift.detach())
     loss = weighted_error(guidance - target, weight)
-    if drift_weight:
+    if drift is not None and drift_weight:
         loss = loss + drift_weight * weighted_error(drift, weight)
     if keep_weight:
         for kept in kept_drifts:

@@ -194,7 +194,7 @@ def _cached_reading(
     keys = [key + part for part in ("", "-words", "-witnesses")]
     kept = _from_cache(cache, keys)
     fits = probes[0].tokens.shape[1], len(reading.words), len(reading.witnesses)
-    return keys, kept if kept and _is_a_reading(*kept, *fits) else None
+    return keys, kept if kept and _is_a_reading(kept, *fits) else None
 
 
 def _from_cache(
@@ -207,10 +207,9 @@ def _from_cache(
     return found if all(bool(rows.isfinite().all()) for rows in found) else None
 
 
-def _is_a_reading(
-    moment: Tensor, words: Tensor, witnesses: Tensor, width: int, named: int, held_out: int
-) -> bool:
+def _is_a_reading(kept: Sequence[Tensor], width: int, named: int, held_out: int) -> bool:
     """Whether cached tensors have the shapes that :func:`_read` gives."""
+    moment, words, witnesses = kept
     rows = witnesses.shape[1] if witnesses.ndim == 3 else 0
     return (
         _is_moment(moment, width)

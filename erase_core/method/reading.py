@@ -58,6 +58,7 @@ def choose_reading(denoiser: Denoiser, captions: Sequence[str], kind: str) -> Re
         kind: of the concepts; for "tags" the words are tags.
     """
     most = int(WORDS_PER_CAPTION * len(captions))
+    phrases: Sequence[str]
     if kind == "tags":
         words, phrases = evenly_spaced(common_tags(), most), TAG_PHRASES
         held_out = _held_out(words, [*captions, *phrases])

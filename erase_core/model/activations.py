@@ -41,8 +41,7 @@ class Recompute:
 
     def __call__(self, block: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
         """Run the block; it must give the same when it is run again, so without dropout."""
-        keywords = {"use_reentrant": False, "preserve_rng_state": False}
-        return checkpoint(block, *inputs, **keywords, **named)
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
 
 
 class SavedBytes:

@@ -64,7 +64,7 @@ class Projections:
     def __init__(self, prompts: Sequence[Tensor | None] = ()) -> None:
         self.prompts = [prompt for prompt in prompts if prompt is not None]
         self._seen: Tensor | None = None
-        self._precise: Tensor | None = None
+        self._precise = torch.empty(0)
         self._projected: dict[int, Tensor] = {}
 
     def project(self, x: Tensor, basis: Tensor) -> Tensor:

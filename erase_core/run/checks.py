@@ -9,6 +9,7 @@ from typing import Any
 from torch.nn import functional
 
 from ..artefact.record import GUIDANCE, KEYS_AND_VALUES, PREDICTION
+from ..method.collateral import key_value_drift
 from ..method.guidance import Movement
 from ..method.subspace import ExactSet, leakage
 from ..method.ways import WayIn
@@ -17,7 +18,6 @@ from ..model.prompt import POOLED, TOKENS, Encoded
 from .given import Given
 from .measure import (
     guidance_drift,
-    key_value_drift,
     movement_on,
     movement_sampled,
     pooled_leak,

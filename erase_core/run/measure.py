@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -92,10 +92,13 @@ def summarise(
     by_sigma = states.sigma.argsort(descending=True, stable=True)
     eps_erased = (states.x - states.x0_null) / states.sigma.view(-1, 1, 1, 1) + states.g_erased
     change = (student - states.g_erased).norm() / eps_erased.norm()
+    high, middle, low = by_sigma.tensor_split(3)
     return Movement(
         on(by_sigma),
         [on((concept == c).nonzero().flatten()) for c in range(int(concept.max()) + 1)],
-        *(on(part) for part in by_sigma.tensor_split(3)),
+        on(high),
+        on(middle),
+        on(low),
         float(change),
     )
 
@@ -175,21 +178,6 @@ def guidance_drift(
         change = guidance_term(before, after, here.sigma).flatten(1).norm(dim=1)
         changes += (change / own.clamp(min=1e-12)).tolist()
     return changes
-
-
-def key_value_drift(erasure: LowRankEdit, matrices: Mapping[str, Tensor], tokens: Tensor) -> float:
-    """Largest relative change of a prompt's keys or values, ``max_m |C dW^T| / |C W^T|``.
-
-    Args:
-        matrices: W by name, (out, width), of those that read tokens.
-        tokens: token embeddings C of the prompt, (tokens, width).
-    """
-    changes = []
-    for name, matrix in matrices.items():
-        before = tokens @ matrix.float().cpu().T
-        change = (tokens @ erasure.bases[name].cpu()) @ erasure.factors[name].cpu().T
-        changes.append(float(change.norm() / before.norm().clamp(min=1e-12)))
-    return max(changes)
 
 
 def _predict(

@@ -144,7 +144,6 @@ class SurgeryTrainer:
         self._asks_null = self._soft and bool(
             settings.drift_weight or settings.null_score != "frozen"
         )
-        self._asks_kept = self._soft and bool(settings.keep_weight and pool.kept_states)
         self.edit = _trainable(start, denoiser.device, bases_too=self._soft)
         self._columns = [] if self._soft or len(columns) < 2 else columns
         self._concepts = pool.concepts()
@@ -156,7 +155,9 @@ class SurgeryTrainer:
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimiser, _warmup_then_cosine(settings.steps)
         )
-        kept = torch.arange(len(pool.kept_states) if self._asks_kept else 0)
+        kept_states = pool.kept_states if self._soft and settings.keep_weight else None
+        self._kept_states = kept_states if kept_states else None
+        kept = torch.arange(len(kept_states) if kept_states else 0)
         self._kept_draws = draws([kept], settings.batch, settings.seed)
         groups = self._optimiser.param_groups
         self._values = [tensor for group in groups for tensor in group["params"]]
@@ -177,7 +178,8 @@ class SurgeryTrainer:
         saved = SavedBytes(known)
         with advice_instead("train", TrainingError):
             with self._denoiser.around_blocks(saved), saved.counting():
-                self._loss_at(*self._far_states(1), edit)
+                (index,) = self._far_states(1)
+                self._loss_at(index, edit)
         need = Need.counted(saved)
         free = self._denoiser.free_memory(Fit().needs(need, batch))
         self.fit = Fit.into(free, need, batch)
@@ -280,12 +282,12 @@ class SurgeryTrainer:
         asked = [(states, [self._pool.pairs[i].erased for i in states.index.tolist()])]
         if self._asks_null:
             asked.append((states, [self._pool.null] * len(states)))
-        if self._asks_kept:
-            kept = self._pool.kept_states[kept_index]
+        if self._kept_states is not None:
+            kept = self._kept_states[kept_index]
             asked.append((kept, [self._pool.kept[i] for i in kept.index.tolist()]))
         guidance, *others = self._guidance(asked, edit)
         drift = others.pop(0) if self._asks_null else None
-        kept_drifts = [g - kept.g_erased.to(g) for g in others]
+        kept_drifts = [g - asked[-1][0].g_erased.to(g) for g in others]
         return self._scale * surgery_loss(
             guidance,
             self._targets[index].to(guidance),
@@ -329,7 +331,7 @@ class SurgeryTrainer:
                 was when both were finite.
             TrainingError: there isn't memory for a single state.
         """
-        kept = next(self._kept_draws) if self._asks_kept else index
+        kept = next(self._kept_draws) if self._kept_states is not None else index
         value = self._backward(index, kept)
         if not math.isfinite(value):
             self._back_to_good()

@@ -287,7 +287,7 @@ _CHOICES = (
     ("weighting", WEIGHTINGS),
     ("driven_by", DRIVERS),
 )
-_INTEGER_RANGES = (
+_INTEGER_RANGES: tuple[tuple[str, float, float], ...] = (
     ("rank", 1, 256),
     ("steps", 0, 10_000),
     ("trial_steps", 0, 10_000),

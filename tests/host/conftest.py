@@ -10,7 +10,7 @@ import comfy.sd
 import pytest
 import torch
 from concept_surgery.erase_core import Erasure
-from concept_surgery.nodes.store import LanguageStore
+from concept_surgery.erase_core.artefact.language_store import LanguageStore
 
 from tools.checkpoint import build_checkpoint
 from tools.environment import BUILD, ROOT

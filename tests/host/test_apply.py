@@ -15,13 +15,23 @@ import torch
 from comfy_api.torch_helpers.torch_compile import set_torch_compile_wrapper
 from comfy_extras.nodes_model_merging import NODE_CLASS_MAPPINGS as MERGING
 from concept_surgery.erase_core.artefact.erasure import Erasure
+from concept_surgery.erase_core.artefact.stack import (
+    AppliedErasure,
+    applied_twice_problem,
+    stack_text,
+)
 from concept_surgery.erase_core.model.low_rank import LowRankEdit
 from concept_surgery.erase_core.model.prompt import Encoded
-from concept_surgery.nodes.apply import ApplyErasure, ApplyError, apply_erasure, stack_report
+from concept_surgery.nodes.apply import (
+    ApplyErasure,
+    ApplyError,
+    applied_to,
+    apply_erasure,
+    stack_report,
+)
 from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.exact import ExactModeError, SidePath, side_paths
 from concept_surgery.nodes.host import ComfyDenoiser, left_out_of_training
-from concept_surgery.nodes.stack import Applied, applied_to, stack_text, twice_text
 
 from benchmarks import application
 from benchmarks.application import DTYPES, PROMPTS, SIGMAS, predict
@@ -207,9 +217,9 @@ def test_the_same_erasure_with_fewer_matrices_is_the_same(erasure, other):
     fewer = Erasure(erasure.bases, factors, erasure.record)
     assert fewer.identity != erasure.identity
     for one, two in ((erasure, fewer), (fewer, erasure)):
-        text = twice_text([Applied.of(one, "merge", 1.0)], two)
+        text = applied_twice_problem([AppliedErasure.of(one, "merge", 1.0)], two)
         assert f"has {erasure.concept!r} in common" in text
-    assert twice_text([Applied.of(other, "merge", 1.0)], fewer) == ""
+    assert applied_twice_problem([AppliedErasure.of(other, "merge", 1.0)], fewer) == ""
 
 
 @pytest.mark.parametrize("mode", ["merge", "exact"])
@@ -285,8 +295,8 @@ def test_training_runs_with_the_erasures_beside_the_weights(loaded, erasure, oth
     assert "(wrappers)" in left_out_of_training(upstream)[0]
 
 
-def applied(concept, *exact, form="hard", mode="merge") -> Applied:
-    return Applied(concept, concept, form, exact, mode)
+def applied(concept, *exact, form="hard", mode="merge") -> AppliedErasure:
+    return AppliedErasure(concept, concept, form, exact, mode)
 
 
 def test_a_stack_says_what_stays_exact():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from concept_surgery.erase_core import Erasure
-from concept_surgery.nodes.results import ResultStore
+from concept_surgery.erase_core.artefact.results import ResultStore
 
 from tools import graphs
 from tools.environment import BUILD

@@ -15,12 +15,12 @@ import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from concept_surgery.erase_core import GradientError, erase, preset_settings
 from concept_surgery.erase_core.artefact.report import report_text
+from concept_surgery.erase_core.artefact.saving import save_erasure
 from concept_surgery.erase_core.model.prompt import Encoded
 from concept_surgery.nodes import host
 from concept_surgery.nodes.apply import apply_erasure
 from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.families import model_family
-from concept_surgery.nodes.files import save_erasure
 from concept_surgery.nodes.host import ComfyDenoiser
 
 from .small import built_model, load_family

@@ -7,8 +7,8 @@ import comfy.utils
 import pytest
 import torch
 from concept_surgery.erase_core.artefact.erasure import Erasure, ErasureFileError
+from concept_surgery.erase_core.artefact.saving import save_erasure
 from concept_surgery.nodes.apply import ApplyError, apply_erasure, mismatches
-from concept_surgery.nodes.files import save_erasure
 from safetensors.torch import save_file
 
 from tools.checkpoint import build_checkpoint

@@ -8,10 +8,10 @@ import comfy.sd
 import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+from concept_surgery.erase_core.model.out_of_place import OutOfPlace
 from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.families import model_family
 from concept_surgery.nodes.host import ComfyDenoiser
-from concept_surgery.nodes.inplace import OutOfPlace
 from concept_surgery.nodes.matrices import trained_keys
 
 from .small import built_model, load_family, random_text_encoder

@@ -12,6 +12,7 @@ import pytest
 import torch
 from concept_surgery.erase_core import Erasure, GradientError, erase, preset_settings
 from concept_surgery.erase_core.artefact.report import report_text
+from concept_surgery.erase_core.artefact.saving import save_erasure
 from concept_surgery.erase_core.settings import families
 from concept_surgery.erase_core.settings.layers import LayerRuleError
 from concept_surgery.erase_core.settings.texts import SettingsError
@@ -19,7 +20,6 @@ from concept_surgery.nodes import host
 from concept_surgery.nodes.apply import apply_erasure, mismatches
 from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.families import UnsupportedModelError, trainable_family
-from concept_surgery.nodes.files import save_erasure
 from concept_surgery.nodes.host import ComfyDenoiser
 from concept_surgery.nodes.matrices import trained_keys
 from concept_surgery.nodes.train import TrainErasure, settings_from_widgets

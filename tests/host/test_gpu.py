@@ -12,9 +12,9 @@ import pytest
 import torch
 from comfy.model_management import VRAMState
 from concept_surgery.erase_core import Erasure, erase, preset_settings
+from concept_surgery.erase_core.artefact.saving import save_erasure
 from concept_surgery.nodes.apply import MERGE, MODES, apply_erasure
 from concept_surgery.nodes.families import model_family
-from concept_surgery.nodes.files import save_erasure
 from concept_surgery.nodes.host import ComfyDenoiser
 
 from tools.environment import ON_GPU

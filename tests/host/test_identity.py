@@ -14,11 +14,11 @@ import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from comfy_extras.nodes_model_merging import ModelMergeSimple
 from concept_surgery.erase_core import Erasure, Meter, erase, preset_settings
+from concept_surgery.erase_core.artefact.language_store import LanguageStore
 from concept_surgery.nodes.apply import apply_erasure
 from concept_surgery.nodes.host import ComfyDenoiser
 from concept_surgery.nodes.identity import model_identity
 from concept_surgery.nodes.matrices import trained_keys
-from concept_surgery.nodes.store import LanguageStore
 
 from tools.checkpoint import build_checkpoint
 from tools.environment import BUILD

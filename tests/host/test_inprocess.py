@@ -11,6 +11,7 @@ import comfy.supported_models
 import pytest
 import torch
 from concept_surgery.erase_core import Meter, PredictionError, erase, preset_settings
+from concept_surgery.erase_core.artefact.language_store import KEPT_FILES, LanguageStore
 from concept_surgery.erase_core.artefact.report import report_text
 from concept_surgery.erase_core.model.prompt import Encoded
 from concept_surgery.erase_core.settings.layers import LayerRuleError
@@ -18,7 +19,6 @@ from concept_surgery.nodes.apply import ApplyError, apply_erasure
 from concept_surgery.nodes.families import UnsupportedModelError
 from concept_surgery.nodes.host import ComfyDenoiser, left_out_of_training, twin_of
 from concept_surgery.nodes.matrices import trained_keys
-from concept_surgery.nodes.store import KEPT_FILES, LanguageStore
 from concept_surgery.nodes.train import TrainErasure
 
 from tools.checkpoint import build_checkpoint

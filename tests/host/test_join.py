@@ -9,17 +9,22 @@ import pytest
 import torch
 from comfy_api.v0_0_2 import io
 from concept_surgery.erase_core import Erasure, SettingsError
+from concept_surgery.erase_core.artefact.language_store import LanguageStore
+from concept_surgery.erase_core.artefact.results import ResultStore
+from concept_surgery.erase_core.artefact.saving import save_erasure
+from concept_surgery.erase_core.artefact.stack import (
+    AppliedErasure,
+    harm_text,
+    stack_text,
+    together_text,
+)
 from concept_surgery.erase_core.method.collateral import WordChanges
 from concept_surgery.erase_core.method.protection import HARM
 from concept_surgery.nodes import apply, messages, runs
-from concept_surgery.nodes.apply import ApplyErasure, apply_erasure, stack_changes
+from concept_surgery.nodes.apply import ApplyErasure, applied_to, apply_erasure, stack_changes
 from concept_surgery.nodes.extension import ConceptSurgeryExtension
-from concept_surgery.nodes.files import save_erasure
 from concept_surgery.nodes.join import JoinErasures
-from concept_surgery.nodes.results import ResultStore
 from concept_surgery.nodes.schema import ErasureType
-from concept_surgery.nodes.stack import Applied, applied_to, harm_text, stack_text, together_text
-from concept_surgery.nodes.store import LanguageStore
 from concept_surgery.nodes.take_out import TakeConceptsOut
 from concept_surgery.nodes.train import TrainErasure
 
@@ -191,7 +196,7 @@ def test_where_nothing_can_be_known_there_is_no_error(loaded, pizza, castle, sho
 
 def test_texts_of_a_stack():
     changes = WordChanges(("boat", "tree"), torch.tensor([0.5, 0.3]))
-    soft = [Applied(name, name, "soft", (), "merge") for name in ("cat", "dog")]
+    soft = [AppliedErasure(name, name, "soft", (), "merge") for name in ("cat", "dog")]
     (text,) = harm_text(soft, changes)
     assert text == (
         "These 2 erasures together change words that nobody named by 40% (most: boat 50%, tree "

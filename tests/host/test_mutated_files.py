@@ -21,14 +21,21 @@ from concept_surgery.erase_core import (
 )
 from concept_surgery.erase_core import erase as run
 from concept_surgery.erase_core.artefact.erasure import ErasureError
+from concept_surgery.erase_core.artefact.language_store import LanguageStore
+from concept_surgery.erase_core.artefact.results import ResultStore
+from concept_surgery.erase_core.artefact.saving import save_erasure
+from concept_surgery.erase_core.artefact.stack import overlap_warnings
 from concept_surgery.erase_core.artefact.together import settings_together, warnings_together
-from concept_surgery.nodes.apply import ApplyError, apply_erasure, mismatches, stack_report
-from concept_surgery.nodes.files import LoadErasure, SaveErasure, save_erasure
+from concept_surgery.nodes.apply import (
+    ApplyError,
+    applied_to,
+    apply_erasure,
+    mismatches,
+    stack_report,
+)
+from concept_surgery.nodes.files import LoadErasure, SaveErasure
 from concept_surgery.nodes.join import other_bases
 from concept_surgery.nodes.matrices import original_weights, trained_keys
-from concept_surgery.nodes.results import ResultStore
-from concept_surgery.nodes.stack import applied_to, overlap_warnings
-from concept_surgery.nodes.store import LanguageStore
 from concept_surgery.nodes.take_out import TakeConceptsOut
 from safetensors.torch import save
 

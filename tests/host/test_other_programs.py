@@ -6,8 +6,9 @@ import comfy.lora
 import pytest
 import torch
 from concept_surgery.erase_core import Erasure, erase, preset_settings
+from concept_surgery.erase_core.artefact.saving import save_erasure
 from concept_surgery.nodes.apply import apply_erasure
-from concept_surgery.nodes.files import SaveErasure, save_erasure
+from concept_surgery.nodes.files import SaveErasure
 from concept_surgery.nodes.matrices import kohya_keys, original_weights, trained_keys
 from safetensors.torch import load_file
 

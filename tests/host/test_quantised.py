@@ -10,13 +10,13 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
+from concept_surgery.erase_core.artefact.language_store import LanguageStore
 from concept_surgery.nodes.apply import MODES, apply_erasure, mismatches
 from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.families import UnsupportedModelError
 from concept_surgery.nodes.host import ComfyDenoiser
 from concept_surgery.nodes.matrices import known_matrices, trained_keys
 from concept_surgery.nodes.packed import is_packed
-from concept_surgery.nodes.store import LanguageStore
 
 from . import fake_gguf
 from .small import random_text_encoder

@@ -20,9 +20,9 @@ import pytest
 import torch
 from concept_surgery.erase_core import Erasure, Meter, erase, preset_settings
 from concept_surgery.erase_core.artefact.formats import kohya_tensors
+from concept_surgery.erase_core.artefact.language_store import LanguageStore
+from concept_surgery.erase_core.artefact.results import ResultStore
 from concept_surgery.nodes.host import ComfyDenoiser
-from concept_surgery.nodes.results import ResultStore
-from concept_surgery.nodes.store import LanguageStore
 
 from tools import graphs
 from tools.environment import BUILD

@@ -14,7 +14,8 @@ import folder_paths
 import pytest
 import torch
 from concept_surgery.erase_core import Erasure, ErasureFileError, erase, preset_settings
-from concept_surgery.nodes.files import LoadErasure, SaveErasure, checked_name, save_erasure
+from concept_surgery.erase_core.artefact.saving import checked_name, save_erasure
+from concept_surgery.nodes.files import LoadErasure, SaveErasure
 
 from ..core.toy import ToyDenoiser
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from concept_surgery.erase_core.artefact.language_store import LanguageStore
 from concept_surgery.nodes.apply import apply_erasure
 from concept_surgery.nodes.encoding import encode_prompts
-from concept_surgery.nodes.store import LanguageStore
 
 from benchmarks.emoji.sdxl_text import trained_sdxl_encoder
 

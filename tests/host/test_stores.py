@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from concept_surgery.erase_core import Erasure, erase, preset_settings
-from concept_surgery.nodes.results import ResultStore
-from concept_surgery.nodes.store import LanguageStore
+from concept_surgery.erase_core.artefact.language_store import LanguageStore
+from concept_surgery.erase_core.artefact.results import ResultStore
 from safetensors.torch import save_file
 
 from ..core.toy import ToyDenoiser

@@ -11,11 +11,11 @@ import comfy.sd
 import pytest
 import torch
 from concept_surgery.erase_core import erase, preset_settings
+from concept_surgery.erase_core.artefact.language_store import LanguageStore
 from concept_surgery.nodes.apply import apply_erasure
 from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.families import model_family
 from concept_surgery.nodes.host import ComfyDenoiser
-from concept_surgery.nodes.store import LanguageStore
 
 from benchmarks.emoji.build import WEIGHTS, build_emoji_checkpoint
 from benchmarks.erasure.run import leave_out_empty_layers

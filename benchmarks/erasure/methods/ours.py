@@ -7,8 +7,8 @@ from functools import cache
 from typing import Any
 
 from concept_surgery.erase_core import EraseSettings, erase, preset_settings
+from concept_surgery.erase_core.artefact.language_store import LanguageStore
 from concept_surgery.erase_core.model.denoiser import Denoiser
-from concept_surgery.nodes.store import LanguageStore
 
 from benchmarks.erasure.cases import Case
 from benchmarks.erasure.methods.base import Method, Outcome

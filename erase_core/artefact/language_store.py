@@ -6,11 +6,10 @@ import logging
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
-import folder_paths
 from torch import Tensor
 
-from ..erase_core.files.digest import content_hash
-from ..erase_core.files.disk import (
+from ..files.digest import content_hash
+from ..files.disk import (
     DamagedFileError,
     read_safetensors,
     remove_abandoned,
@@ -29,9 +28,8 @@ class LanguageStore(MutableMapping[str, Tensor]):
     * A folder that can't be read or written costs the next run a minute, not this one its result.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        user = Path(folder_paths.get_user_directory())
-        self._folder = folder or user / "concept_surgery" / "language"
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._memory: dict[str, Tensor] = {}
 
     def __getitem__(self, key: str) -> Tensor:

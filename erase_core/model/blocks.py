@@ -1,4 +1,4 @@
-"""The repeated blocks of the host's networks, run another way while a gradient is wanted."""
+"""The repeated blocks of a network, run another way while a gradient is wanted."""
 
 from __future__ import annotations
 
@@ -7,29 +7,25 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
-from comfy.ldm.modules.attention import BasicTransformerBlock
-from comfy.ldm.modules.diffusionmodules.mmdit import JointBlock
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import nn
 
-from ..erase_core.model.activations import BlockRun
+from .activations import BlockRun
 
-# None of them contains another.
-BLOCKS = (ResBlock, BasicTransformerBlock, JointBlock, DoubleStreamBlock, SingleStreamBlock)
+Again = Callable[[], Callable[[], AbstractContextManager[None]]]
 
 
 @contextmanager
 def blocks_run_by(
-    network: nn.Module, run: BlockRun, again: Callable[[], Callable[[], AbstractContextManager]]
+    network: nn.Module, kinds: tuple[type[nn.Module], ...], run: BlockRun, again: Again
 ) -> Iterator[None]:
     """Inside, each block of a network is run by ``run`` where gradients are wanted.
 
     Args:
-        network: the twin's, never the host's own.
+        network: a twin's, never the host's own.
+        kinds: classes of the blocks, none of which contains another.
         again: called in the forward; gives what surrounds the block, then and when it runs again.
     """
-    blocks = [module for module in network.modules() if isinstance(module, BLOCKS)]
+    blocks = [module for module in network.modules() if isinstance(module, kinds)]
     before = {block: vars(block).get("forward") for block in blocks}
     try:
         for block in blocks:
@@ -47,7 +43,7 @@ def _run_by(
     run: BlockRun,
     block: nn.Module,
     forward: Callable[..., Any],
-    again: Callable[[], Callable[[], AbstractContextManager]],
+    again: Again,
 ) -> Callable[..., Any]:
     def instead(*inputs: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -59,9 +55,9 @@ def _run_by(
                 return forward(*inputs, **named)
 
         # The host writes into its dictionary of options as it goes from block to block.
-        inputs = [dict(i) if isinstance(i, dict) else i for i in inputs]
+        own = [dict(i) if isinstance(i, dict) else i for i in inputs]
         named = {name: dict(i) if isinstance(i, dict) else i for name, i in named.items()}
-        return run(whole, *inputs, **named)
+        return run(whole, *own, **named)
 
     return instead
 

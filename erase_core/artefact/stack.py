@@ -7,19 +7,18 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..erase_core import Erasure
-from ..erase_core.method.collateral import WordChanges
-from ..erase_core.method.protection import HARM
-from ..erase_core.settings.texts import same_text
+from ..method.collateral import WordChanges
+from ..method.protection import HARM
+from ..settings.texts import same_text
+from .erasure import Erasure
 
-ATTACHMENT = "concept_surgery_applied"
 MERGE, EXACT = "merge", "exact"
 EXACT_FORM = "hard"
 WORST = 3
 
 
 @dataclass(frozen=True)
-class Applied:
+class AppliedErasure:
     """What is remembered of an erasure on a model.
 
     Attributes:
@@ -43,7 +42,7 @@ class Applied:
     strength: float = 1.0
 
     @classmethod
-    def of(cls, erasure: Erasure, mode: str, strength: float) -> Applied:
+    def of(cls, erasure: Erasure, mode: str, strength: float) -> AppliedErasure:
         """What to remember of an erasure that is applied in a mode."""
         record = erasure.record
         form = record["form"]
@@ -56,13 +55,8 @@ class Applied:
         return cls(erasure.identity, erasure.concept, form, exact, mode, parts, erasure, strength)
 
 
-def applied_to(model) -> tuple[Applied, ...]:
-    """The erasures on a model, in the order in which they were applied."""
-    return model.get_attachment(ATTACHMENT) or ()
-
-
-def twice_text(
-    applied: Sequence[Applied],
+def applied_twice_problem(
+    applied: Sequence[AppliedErasure],
     erasure: Erasure,
     loras: Mapping[str, Sequence[tuple[Tensor, Tensor]]] | None = None,
 ) -> str:
@@ -97,7 +91,7 @@ def twice_text(
     return ""
 
 
-def _in_common(one: Applied, erasure: Erasure) -> list[str]:
+def _in_common(one: AppliedErasure, erasure: Erasure) -> list[str]:
     """The concepts of an erasure that are of one training with what is applied, by values.
 
     Either may lack matrices that the other has, such as the one that reads a pooled vector.
@@ -111,7 +105,7 @@ def _in_common(one: Applied, erasure: Erasure) -> list[str]:
     return erasure.concepts_in(changes)
 
 
-def overlap_warnings(applied: Sequence[Applied], erasure: Erasure) -> list[str]:
+def overlap_warnings(applied: Sequence[AppliedErasure], erasure: Erasure) -> list[str]:
     """What the model has already had erased by another training, in words."""
     warnings = []
     for one in applied:
@@ -140,7 +134,7 @@ def left_behind_warnings(erasure: Erasure, takers: Sequence[str]) -> list[str]:
     ]
 
 
-def stack_text(applied: Sequence[Applied], weights: str = "float32") -> str:
+def stack_text(applied: Sequence[AppliedErasure], weights: str = "float32") -> str:
     """What stays exact on a model with several erasures, in words; "" for fewer than two.
 
     Args:
@@ -169,7 +163,7 @@ def stack_text(applied: Sequence[Applied], weights: str = "float32") -> str:
     return " ".join(lines)
 
 
-def harm_text(applied: Sequence[Applied], changes: WordChanges | None) -> list[str]:
+def harm_text(applied: Sequence[AppliedErasure], changes: WordChanges | None) -> list[str]:
     """That the erasures on a model are too much together, where they are known to be.
 
     Args:
@@ -186,7 +180,7 @@ def harm_text(applied: Sequence[Applied], changes: WordChanges | None) -> list[s
     ]
 
 
-def together_text(applied: Sequence[Applied], changes: WordChanges | None) -> str:
+def together_text(applied: Sequence[AppliedErasure], changes: WordChanges | None) -> str:
     """What a person should know about erasures that were solved apart; "" where there is nothing.
 
     Args:
@@ -204,7 +198,7 @@ def together_text(applied: Sequence[Applied], changes: WordChanges | None) -> st
     )
 
 
-def can_be_joined(applied: Sequence[Applied]) -> bool:
+def can_be_joined(applied: Sequence[AppliedErasure]) -> bool:
     """Whether Join Erasures could help: all in the hard form, and not parts of one training."""
     records = [one.erasure.record for one in applied if one.erasure is not None]
     trainings = [(record["created"], record["settings"]) for record in records]

@@ -8,10 +8,8 @@ import re
 from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 
-import folder_paths
-
-from ..erase_core import Erasure, ErasureFileError
-from ..erase_core.files.disk import remove_abandoned
+from ..files.disk import remove_abandoned
+from .erasure import Erasure, ErasureFileError
 
 # Room for some 300 erasures of SD1.x or some 35 of SDXL. What was used longest ago goes first.
 LIMIT_BYTES = 4 * 2**30
@@ -19,11 +17,6 @@ SUFFIX = ".safetensors"
 STOPPED = ".stopped-"
 
 _KEY = re.compile("[0-9a-f]{8,64}")
-
-
-def results_folder() -> Path:
-    """Where the host keeps this user's results."""
-    return Path(folder_paths.get_user_directory()) / "concept_surgery" / "results"
 
 
 def _log(message: str) -> None:
@@ -43,18 +36,18 @@ class ResultStore(MutableMapping[str, Erasure]):
     * A folder that can't be written costs the next run its time, not this one its result.
 
     Args:
-        folder: where; the host's user folder if None.
+        folder: where, the same for all hosts that shall find each other's.
         warn: called with a sentence when a file or the folder can't be used.
         limit_bytes: how much may lie in the folder.
     """
 
     def __init__(
         self,
-        folder: Path | None = None,
+        folder: Path,
         warn: Callable[[str], None] = _log,
         limit_bytes: int = LIMIT_BYTES,
     ) -> None:
-        self.folder = folder or results_folder()
+        self.folder = folder
         self._warn = warn
         self._limit = limit_bytes
 
