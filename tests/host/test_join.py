@@ -53,8 +53,8 @@ def shown(monkeypatch, tmp_path, store) -> list[str]:
     texts: list[str] = []
     monkeypatch.setattr(messages, "_send_text", lambda text, _: texts.append(text))
     for module in (apply, runs):
-        monkeypatch.setattr(module, "LanguageStore", lambda: store)
-    monkeypatch.setattr(runs, "ResultStore", lambda warn: ResultStore(tmp_path, warn))
+        monkeypatch.setattr(module, "language_store", lambda: store)
+    monkeypatch.setattr(runs, "result_store", lambda node_id: ResultStore(tmp_path))
     fields = [("prompt", dict, None), ("unique_id", str, None)]
     for node in (ApplyErasure, JoinErasures, TrainErasure):
         hidden = dataclasses.make_dataclass("Hidden", fields)()

@@ -51,7 +51,7 @@ def shown(monkeypatch) -> list[str]:
     """What the nodes show, outside a graph."""
     texts: list[str] = []
     monkeypatch.setattr(messages, "_send_text", lambda text, _: texts.append(text))
-    monkeypatch.setattr(runs, "ResultStore", lambda warn: None)
+    monkeypatch.setattr(runs, "result_store", lambda node_id: None)
     fields = [("prompt", dict, None), ("unique_id", str, None)]
     for node in (ApplyErasure, JoinErasures, TrainErasure):
         hidden = dataclasses.make_dataclass("Hidden", fields)()
