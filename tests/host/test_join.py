@@ -211,7 +211,7 @@ def test_figures_come_from_the_store_or_from_the_held_out_words(loaded, pizza, c
     twice = apply_erasure(apply_erasure(model, pizza, 1.0), castle, 1.0)
     empty = LanguageStore(tmp_path / "none")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(apply, "LanguageStore", lambda: empty)
+        patch.setattr(apply, "language_store", lambda: empty)
         read = stack_changes(twice, clip)
     assert 0 < read.mean < 1 and not len(empty) and len(read.texts) <= 40
 
