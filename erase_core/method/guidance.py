@@ -1,8 +1,8 @@
 """The guidance term, its surgical target and the losses. Pure functions of predictions.
 
-Notation of the README: ``x`` a noisy latent, ``c`` a prompt, ``0`` the null prompt, ``e`` a prompt
-with the concept, ``a`` its alternative, ``*`` the untouched model, ``theta`` the edited one. A
-sampler uses ``eps(x,0) + w g(c)`` with the guidance term ``g(c) = eps(x,c) - eps(x,0)``. All But
+Notation of docs/method.md: ``x`` a noisy latent, ``c`` a prompt, ``0`` the null prompt, ``e`` a
+prompt with the concept, ``a`` its alternative, ``*`` the untouched model, ``theta`` the edited one.
+A sampler uses ``eps(x,0) + w g(c)`` with the guidance term ``g(c) = eps(x,c) - eps(x,0)``. All But
 One (Hong, Lee, Woo, AAAI 2024) changes ``g(e)`` only and holds ``eps(x,0)``; the exact form of its
 losses is not public, ours is stated at :func:`surgery_loss`.
 """
