@@ -14,9 +14,8 @@ demo:
 test:
 	$(PYTHON) -m tools test $(ARGS)
 
-lint: setup
-	$(VENV_PYTHON) -m ruff check .
-	$(VENV_PYTHON) -m ruff format --check .
+lint:
+	$(PYTHON) -m tools lint
 
 bench-step: setup
 	$(VENV_PYTHON) -m benchmarks.step_cost

@@ -1,4 +1,6 @@
-"""Concept Surgery: erase a concept from the model that is loaded, inside the graph."""
+"""Concept Surgery: erase a concept from the model that is loaded, and keep the rest."""
+
+from .erase_core import *  # noqa: F403 - the engine, for who imports concept_surgery from Python
 
 WEB_DIRECTORY = "./web"
 

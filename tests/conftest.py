@@ -1,13 +1,18 @@
-"""The checkout as the package ``concept_surgery`` and the host's modules, for every test."""
+"""The checkout as the package ``concept_surgery``, and the host's modules where there is a host.
+
+Tests of the core need none.
+"""
 
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for `tools`; use_host() puts the host's folder in front of it
+from tools.environment import HOST  # noqa: E402
 from tools.pack import load_pack, use_host  # noqa: E402
 
-use_host()
+if HOST.is_dir():
+    use_host()
 load_pack()
 
 # Files of few tests that take long. Two processes share the work best if these come first; by

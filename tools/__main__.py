@@ -1,4 +1,4 @@
-"""``python -m tools setup|demo|test|publishable``: each sets up what it needs first.
+"""``python -m tools setup|demo|test|lint|publishable``: each sets up what it needs first.
 
 Runs with any Python from 3.10 on and the standard library; all but setup then run again in
 ``build/venv``.
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from tools.environment import (
     BUILD,
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.command == "test":
             return _test(python, rest)
+        if options.command == "lint":
+            return _lint(python)
         if not inside_venv():
             return _call([python, "-m", "tools", *(arguments or sys.argv[1:])])
         if options.command == "publishable":
@@ -58,6 +61,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
     commands.add_parser("setup", help="make build/venv and build/host")
     demo = commands.add_parser("demo", help="train an erasure and draw before and after")
     demo.add_argument("--threads", type=int, default=2, help="processor threads for the host")
+    commands.add_parser("lint", help="check style, format and types")
     commands.add_parser("publishable", help="say what keeps the pack from being published")
     commands.add_parser("test", help="run the tests; further arguments go to pytest")
     options, rest = parser.parse_known_args(arguments)
@@ -79,6 +83,25 @@ def _publishable() -> int:
     return 0
 
 
+def _lint(python: str) -> int:
+    """All of them, whatever the first ones find; the exit code is that of the worst."""
+    # The checkout is a package under another name than that of its folder, and on no path: its
+    # ``nodes`` would be taken for the host's.
+    typed = BUILD / "typed"
+    typed.mkdir(exist_ok=True)
+    for name, place in (("concept_surgery", ROOT), ("tools", ROOT / "tools")):
+        link = typed / name
+        if link.resolve() != place.resolve():
+            link.unlink(missing_ok=True)
+            link.symlink_to(place, target_is_directory=True)
+    found = [
+        _call([python, "-m", "ruff", "check", "."]),
+        _call([python, "-m", "ruff", "format", "--check", "."]),
+        _call([python, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml")], cwd=typed),
+    ]
+    return max(found)
+
+
 def _test(python: str, arguments: Sequence[str]) -> int:
     # More than one thread makes these many small operations slower, not faster; more than one
     # process doesn't. A file's tests share what they trained, so they stay together.
@@ -89,9 +112,11 @@ def _test(python: str, arguments: Sequence[str]) -> int:
     return status
 
 
-def _call(command: Sequence[str], environment: dict[str, str] | None = None) -> int:
+def _call(
+    command: Sequence[str], environment: dict[str, str] | None = None, cwd: Path = ROOT
+) -> int:
     """Run a command in the checkout; on Ctrl-C let it clean up, as it got the signal too."""
-    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+    with subprocess.Popen(command, cwd=cwd, env=environment) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:

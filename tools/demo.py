@@ -43,9 +43,9 @@ PROMPTS = (
     ("never named", "a fox in clay style"),
     ("never named", "a picture of a house"),
 )
-TRAINING = {"resolution": 64, "captions": 200, "steps": -1}
+TRAINING: dict[str, Any] = {"resolution": 64, "captions": 200, "steps": -1}
 SEED = 7
-PICTURE = {"size": 64, "steps": 20, "cfg": 4.0}
+PICTURE: dict[str, Any] = {"size": 64, "steps": 20, "cfg": 4.0}
 
 _TIMEOUT = 1800.0
 _CELL = 192

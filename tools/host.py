@@ -373,7 +373,7 @@ class _Listener(threading.Thread):
                         self.events.append(event)
 
 
-def _decode(message: aiohttp.WSMessage) -> Event | None:
+def _decode(message: Any) -> Event | None:
     """An event as a dict; of the binary ones only a node's progress text is of use here."""
     if message.type is aiohttp.WSMsgType.TEXT:
         event = json.loads(message.data)

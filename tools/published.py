@@ -209,7 +209,7 @@ def _is_filled(key: str, value: Any) -> bool:
     if key.startswith(ADDRESSES):
         # No placeholder: a host with a dot that isn't one of those kept for examples.
         host = re.match(r"https://([\w-]+(?:\.[\w-]+)+)/", f"{value}/")
-        return bool(host) and not re.search(r"(^|\.)(example|invalid)(\.|$)", host[1])
+        return host is not None and not re.search(r"(^|\.)(example|invalid)(\.|$)", host[1])
     return bool(value.strip() if isinstance(value, str) else value)
 
 
@@ -225,7 +225,7 @@ def _reached_by_name(call: ast.Call, names: Mapping[str, str]) -> Iterator[str]:
     elif len(call.args) > 1:
         name = call.args[1]
         if isinstance(name, ast.Constant):
-            whole = f"{path}.{name.value}" if path else ""
+            whole = f"{path}.{name.value!s}" if path else ""
             if name.value in FORBIDDEN_ATTRIBUTES or (whole and _is_forbidden(whole)):
                 yield whole or str(name.value)
         elif path:

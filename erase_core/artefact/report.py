@@ -206,7 +206,9 @@ def _gigabytes(size: int) -> str:
 
 
 def _notes(record: Mapping[str, Any]) -> list[str]:
-    lines, settings = list(by_name(record["family"]).notes), record["settings"]
+    family, settings = by_name(record["family"]), record["settings"]
+    # What is said of other architectures is of the soft form; the hard one has its readers named.
+    lines = list(family.notes) if family.readers_known or record["form"] == "soft" else []
     lines += _TRAINING.get(record.get("training", ""), ())
     if record["converged"]:
         lines.append(

@@ -1,6 +1,4 @@
-"""The small drawing model of ``benchmarks/emoji``: what is kept of it and what the host reads."""
-
-import json
+"""The small drawing model of ``benchmarks/emoji``: what is kept of it, and its prompts."""
 
 import numpy as np
 import pytest
@@ -9,25 +7,19 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from benchmarks.emoji import build
-from benchmarks.emoji.autoencoder import LATENT_SCALE, Autoencoder
 from benchmarks.emoji.build import (
     WEIGHTS,
-    autoencoder_tensors,
     quantise,
     restore,
-    text_tensors,
     unpack,
 )
 from benchmarks.emoji.classifier import COMMITTED
 from benchmarks.emoji.data import finish, render
 from benchmarks.emoji.text import (
-    TextEncoder,
     end_states,
     states_at_end,
-    tokenize,
     word_token,
 )
-from benchmarks.emoji.unet import alphas
 from benchmarks.emoji.words import (
     GROUPS,
     HELD_OUT_PLAIN,
@@ -43,7 +35,6 @@ from benchmarks.emoji.words import (
     fill,
     without_object,
 )
-from tools.environment import HOST
 
 
 @pytest.mark.parametrize("bits", (6, 8))
@@ -109,54 +100,6 @@ def test_left_out_pairs_leave_every_word_known() -> None:
         seen = [style for style in STYLE_NAMES if (name, style) not in LEFT_OUT_PAIRS]
         assert len(seen) >= len(STYLE_NAMES) - 1
     assert {style for _, style in LEFT_OUT_PAIRS} == set(STYLE_NAMES)
-
-
-def test_text_encoder_is_the_hosts() -> None:
-    """The narrow encoder and the host's CLIP-L, filled from it, give the same states."""
-    import comfy.clip_model
-    import comfy.ops
-
-    torch.manual_seed(0)
-    words = ["cat", "flat", "style"]
-    ours = TextEncoder([word_token(word) for word in words])
-    torch.nn.init.normal_(ours.meaning, std=0.2)
-    config = json.loads((HOST / "comfy" / "sd1_clip_config.json").read_text(encoding="utf-8"))
-    theirs = comfy.clip_model.CLIPTextModel(
-        config, torch.float32, "cpu", comfy.ops.disable_weight_init
-    )
-    theirs.text_model.load_state_dict(text_tensors(ours))
-    tokens = tokenize(["a cat in flat style", ""])
-    with torch.no_grad():
-        states = theirs.text_model(tokens)[0]
-        assert torch.allclose(states, ours(tokens), atol=1e-4)
-        assert not torch.allclose(states[0], states[1], atol=0.1)
-
-
-def test_autoencoder_is_the_hosts() -> None:
-    """The host's TAESD with the tensors of ours; the sampler's latents are our encoder's."""
-    import comfy.latent_formats
-    import comfy.taesd.taesd
-
-    torch.manual_seed(0)
-    ours, theirs = Autoencoder(), comfy.taesd.taesd.TAESD()
-    theirs.load_state_dict(autoencoder_tensors(ours))
-    pictures = torch.rand(2, 3, 64, 64)
-    scaling = comfy.latent_formats.SD15()
-    with torch.no_grad():
-        latents = scaling.process_in(theirs.encode(pictures * 2 - 1))
-        assert latents.shape == (2, 4, 8, 8)
-        assert torch.allclose(latents, ours.encode(pictures), atol=1e-4)
-        drawn = theirs.decode(scaling.process_out(latents)) / 2 + 0.5
-        assert torch.allclose(drawn, ours.decode(latents), atol=1e-4)
-    assert scaling.scale_factor == LATENT_SCALE
-
-
-def test_schedule_is_the_hosts() -> None:
-    import comfy.model_sampling
-
-    sigmas = comfy.model_sampling.ModelSamplingDiscrete().sigmas
-    kept = alphas(torch.device("cpu"))
-    assert torch.allclose(((1 - kept) / kept).sqrt(), sigmas, rtol=1e-4)
 
 
 def test_a_style_is_something_done_to_any_thing() -> None:

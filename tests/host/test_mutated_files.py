@@ -16,10 +16,10 @@ from concept_surgery.erase_core import (
     Erasure,
     ErasureFileError,
     SettingsError,
-    formats,
     preset_settings,
 )
 from concept_surgery.erase_core import erase as run
+from concept_surgery.erase_core.artefact import formats
 from concept_surgery.erase_core.artefact.erasure import ErasureError
 from concept_surgery.erase_core.artefact.language_store import LanguageStore
 from concept_surgery.erase_core.artefact.results import ResultStore
