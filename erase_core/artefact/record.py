@@ -6,7 +6,16 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from types import UnionType
+from typing import (
+    Any,
+    TypedDict,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from ..version import VERSION
 
@@ -21,110 +30,174 @@ PREDICTION, KEYS_AND_VALUES, GUIDANCE = "prediction", "keys and values", "guidan
 LONGEST_INTEGER = 20  # digits: as many as the largest seed has
 DEEPEST = 32  # lists and mappings in one another; a record has five
 _VERSION = re.compile(r"[\w.+-]{1,40}")
-_NUMBER = (int, float)
-_TEXTS_WITH_DRIFT = [{"text": str, "drift": _NUMBER}]
-_MOVED = {"overall": _NUMBER}
 
 
-class _OrNone:
-    """Something that may be None."""
+class Base(TypedDict):
+    """The model that an erasure was made on, as it was unpatched."""
 
-    def __init__(self, shape: Any) -> None:
-        self.shape = shape
-
-
-# Of older versions there is none.
-_MEMORY = _OrNone(
-    {
-        "at_once": int,
-        "checkpointing": bool,
-        "ran_out": int,
-        "needed_whole": int,
-        "needed": int,
-        "free": int,
-    }
-)
-
-_OTHERS = _OrNone(
-    {
-        "change": _NUMBER,
-        "words": _TEXTS_WITH_DRIFT,
-        "nearest": _TEXTS_WITH_DRIFT,
-        "most_changed": _TEXTS_WITH_DRIFT,
-    }
-)
+    name: str
+    fingerprint: list[float]
 
 
-class _Finite:
-    """A number that isn't infinite and not "not a number"."""
+class _AskedOptional(TypedDict, total=False):
+    kind: str | None
+    keep: list[str] | None
+    templates: list[str] | None
+    layers: str | None
+    rank: int | None
+    captions: int | None
 
 
-# What a run that solves several erasures together reads of their settings, where they say it.
-_SETTINGS = {
-    "kind": str,
-    "keep": [str],
-    "templates": [str],
-    "layers": str,
-    "rank": int,
-    "captions": int,
-    "eta": _Finite,
-    "guidance_scale": _Finite,
-}
+class Asked(_AskedOptional):
+    """Settings that are read again; a record holds all of :class:`EraseSettings`."""
 
-# What is read of a record: types, of mappings the keys, of a list what each entry is.
-_SHAPE = {
-    "version": str,
-    "created": str,
-    "family": str,
-    "base": {"name": str, "fingerprint": [_NUMBER]},
-    "text_encoder": [_NUMBER],
-    "settings": {
-        "negative_prompts": [str],
-        "steps": int,
-        "stop_below": _NUMBER,
-        "eta": _NUMBER,
-        "guidance_scale": _NUMBER,
-        "resolution": int,
-    },
-    "form": str,
-    "concepts": [
-        {
-            "text": str,
-            "alternative": str,
-            "share_left": _NUMBER,
-            "keys_and_values_moved": _OrNone(_NUMBER),
-            "moved": _OrNone(_NUMBER),
-            "columns": _OrNone([int]),
-        }
-    ],
-    "matrices": int,
-    "rank": int,
-    "subspace": {"share_left": _NUMBER},
-    "protection": _NUMBER,
-    "measures": {
-        "moved_held_out": _OrNone(
-            {**_MOVED, "high": _NUMBER, "middle": _NUMBER, "low": _NUMBER, "erased_change": _NUMBER}
-        ),
-        "moved_sampled": _OrNone(_MOVED),
-        "pooled": _OrNone({"leak": _NUMBER}),
-        "drift_of": str,
-        "null_drift": _NUMBER,
-        "zeroed_drift": _NUMBER,
-        "negative_prompts": _TEXTS_WITH_DRIFT,
-        "kept": [{"text": str, "exact": bool, "drift": _NUMBER}],
-        "unnamed": _TEXTS_WITH_DRIFT,
-        "unnamed_drift": _NUMBER,
-    },
-    "warnings": [str],
-    "losses": [_NUMBER],
-    "steps_done": int,
-    "converged": bool,
-    "complete": bool,
-    "stopped_early": bool,
-    "ended_by": str,
-    "forward_equivalents": int,
-    "seconds": _NUMBER,
-}
+    negative_prompts: list[str]
+    steps: int
+    stop_below: float
+    eta: float
+    guidance_scale: float
+    resolution: int
+
+
+class _ConceptOptional(TypedDict, total=False):
+    kind: str | None
+
+
+class ConceptRecord(_ConceptOptional):
+    """What became of a concept.
+
+    ``columns`` are where its own begin and end in R and B; None in the soft form.
+    """
+
+    text: str
+    alternative: str
+    share_left: float
+    keys_and_values_moved: float | None
+    moved: float | None
+    columns: list[int] | None
+
+
+class MovementRecord(TypedDict):
+    """How far the guidance went on held-out states; see :class:`guidance.Movement`."""
+
+    overall: float
+    high: float
+    middle: float
+    low: float
+    erased_change: float
+
+
+class OverallMovement(TypedDict):
+    """The same on the edited model's own states, of which only this is read."""
+
+    overall: float
+
+
+class _PooledOptional(TypedDict, total=False):
+    left: float | None
+
+
+class PooledRecord(_PooledOptional):
+    """What comes through the pooled vector alone, and what is left of it where it is edited."""
+
+    leak: float
+
+
+class Drift(TypedDict):
+    """How far something changed."""
+
+    text: str
+    drift: float
+
+
+class KeptRecord(Drift):
+    """What became of a keep prompt."""
+
+    exact: bool
+
+
+class _MeasuresOptional(TypedDict, total=False):
+    unnamed_of: str
+    unnamed_guidance: float
+
+
+class Measures(_MeasuresOptional):
+    """What was measured, drifts and changes relative to what they are of."""
+
+    moved_held_out: MovementRecord | None
+    moved_sampled: OverallMovement | None
+    pooled: PooledRecord | None
+    drift_of: str
+    null_drift: float
+    zeroed_drift: float
+    negative_prompts: list[Drift]
+    kept: list[KeptRecord]
+    unnamed: list[Drift]
+    unnamed_drift: float
+
+
+class Memory(TypedDict):
+    """How a batch went through the model, and why; bytes."""
+
+    at_once: int
+    checkpointing: bool
+    ran_out: int
+    needed_whole: int
+    needed: int
+    free: int
+
+
+class OthersRecord(TypedDict):
+    """What else keys and values change by, see :meth:`collateral.Others.report`."""
+
+    change: float
+    words: list[Drift]
+    nearest: list[Drift]
+    most_changed: list[Drift]
+
+
+class Room(TypedDict):
+    """What is left of the edit beside the exact prompts."""
+
+    share_left: float
+
+
+class _RecordOptional(TypedDict, total=False):
+    taken_out: list[str]
+    memory: Memory | None
+    others: OthersRecord | None
+    training: str
+    pooled_left_out: bool
+
+
+class Record(_RecordOptional):
+    """What an erasure says of itself, plain JSON values: all that is read of it.
+
+    What older versions didn't write may be missing; a record may hold more.
+    """
+
+    version: str
+    created: str
+    family: str
+    base: Base
+    text_encoder: list[float]
+    settings: Asked
+    form: str
+    concepts: list[ConceptRecord]
+    matrices: int
+    rank: int
+    subspace: Room
+    protection: float
+    measures: Measures
+    warnings: list[str]
+    losses: list[float]
+    steps_done: int
+    converged: bool
+    complete: bool
+    stopped_early: bool
+    ended_by: str
+    forward_equivalents: int
+    seconds: float
 
 
 def read_record(text: str) -> Any:
@@ -176,7 +249,7 @@ def record_problem(record: Any, rank: int) -> str:
         record: what a file gave.
         rank: columns of the erasure's narrowest R.
     """
-    amiss = list(_amiss(record, _SHAPE, "")) or list(_amiss_together(record, rank))
+    amiss = list(_amiss(record, Record, "")) or list(_amiss_together(record, rank))
     if not amiss:
         return ""
     what = f"lacks or has wrong: {', '.join(amiss[:3])}"
@@ -200,56 +273,45 @@ def record_problem(record: Any, rank: int) -> str:
     )
 
 
-def _amiss(value: Any, shape: Any, path: str) -> Iterator[str]:
-    """Paths at which a value isn't of a shape."""
-    if isinstance(shape, _OrNone):
-        if value is not None:
-            yield from _amiss(value, shape.shape, path)
-    elif isinstance(shape, Mapping) and isinstance(value, Mapping):
-        for key, inner in shape.items():
+def _amiss(value: Any, hint: Any, path: str) -> Iterator[str]:
+    """Paths at which a value isn't of a type of :class:`Record`."""
+    if is_typeddict(hint) and isinstance(value, Mapping):
+        for key, inner in get_type_hints(hint).items():
             place = f"{path}.{key}" if path else key
             if key in value:
                 yield from _amiss(value[key], inner, place)
-            else:
+            elif key in hint.__required_keys__:
                 yield place
-    elif isinstance(shape, list) and isinstance(value, list):
+    elif get_origin(hint) is list and isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _amiss(item, shape[0], f"{path}[{index}]")
-    elif isinstance(shape, Mapping | list) or not _is_of(value, shape):
+            yield from _amiss(item, get_args(hint)[0], f"{path}[{index}]")
+    elif get_origin(hint) in (Union, UnionType):  # something or None
+        if value is not None:
+            yield from _amiss(value, get_args(hint)[0], path)
+    elif is_typeddict(hint) or get_origin(hint) is list or not _is_of(value, hint):
         yield path or "everything"
 
 
-def _is_of(value: Any, types: Any) -> bool:
-    if types is _Finite:
-        return _is_of(value, _NUMBER) and math.isfinite(value)
-    return isinstance(value, types) and (types is bool or not isinstance(value, bool))
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a plain type; whole numbers are numbers, truth values aren't."""
+    kinds = (int, float) if kind is float else kind
+    return isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
 
 
-def _amiss_together(record: Mapping[str, Any], rank: int) -> Iterator[str]:
-    """Paths at which values of the right shape don't fit each other."""
-    concepts, measures = record["concepts"], record["measures"]
+def _amiss_together(record: Record, rank: int) -> Iterator[str]:
+    """Paths at which values of the right type can't be, or don't fit each other."""
+    concepts, measures, settings = record["concepts"], record["measures"], record["settings"]
     sampled = measures["moved_held_out"] is not None
     if not _VERSION.fullmatch(record["version"]):
         yield "version"
-    yield from _amiss(record.get("taken_out", []), [str], "taken_out")
-    yield from _amiss(record.get("memory"), _MEMORY, "memory")
-    yield from _amiss(record.get("others"), _OTHERS, "others")
-    yield from _amiss(record.get("training", ""), str, "training")
-    yield from _amiss(measures.get("unnamed_of", ""), str, "measures.unnamed_of")
-    settings = {key: _OrNone(shape) for key, shape in _SETTINGS.items()}
-    given = {key: record["settings"].get(key) for key in settings}
-    yield from _amiss(given, settings, "settings")
-    guidance = measures.get("unnamed_guidance", 0.0)
-    yield from _amiss(guidance, _NUMBER, "measures.unnamed_guidance")
-    yield from _amiss(record.get("pooled_left_out", False), bool, "pooled_left_out")
-    left = (measures["pooled"] or {}).get("left")
-    yield from _amiss(left, _OrNone(_NUMBER), "measures.pooled.left")
+    for name in ("eta", "guidance_scale"):
+        if not math.isfinite(settings[name]):  # type: ignore[literal-required]
+            yield f"settings.{name}"
     if not concepts:
         yield "concepts"
     if sampled != (measures["moved_sampled"] is not None):
         yield "measures.moved_sampled"
     for index, concept in enumerate(concepts):
-        yield from _amiss(concept.get("kind"), _OrNone(str), f"concepts[{index}].kind")
         columns = concept["columns"]
         if columns is not None and not (len(columns) == 2 and 0 <= columns[0] < columns[1] <= rank):
             yield f"concepts[{index}].columns"

@@ -57,7 +57,7 @@ def erase(
     same result.
 
     Args:
-        language_cache: second moments of ordinary language by key, kept by the caller.
+        language_cache: what was read of ordinary language by key, kept by the caller.
         meter: what it costs, how far it is, and whether to stop, for the caller to look at.
         results: finished erasures by key, kept by the caller. A complete one with the key of this
             run is returned without any prediction; a new one is put in before it is returned.
@@ -69,19 +69,14 @@ def erase(
     """
     began = time.monotonic()
     given = _given(settings, denoiser, meter or Meter())
-    key = ""
-    if results is not None:
-        key = result_key(settings, given.prompts.tensors(), denoiser.identity, VERSION)
+    key = "" if results is None else _key(given)
     stored = stored_result(results, key, reuse)
     if stored is not None:
         given.meter.reused = True
         return stored
     # What must stay, and what the text encoder says beside it.
     exact = exact_prompts(settings, given.prompts)
-    heard = hear(given, language_cache)
-    if heard.plain:
-        given = replace(given, prompts=replace(given.prompts, plain=heard.plain))
-        given.meter.plan(given.planned())
+    given, heard = _hear(given, language_cache)
     # The closed form on every way in, the edit that training starts from.
     matrices = dict(given.model.matrices())
     ways = _ways(given, exact, heard, matrices)
@@ -121,6 +116,20 @@ def _given(settings: EraseSettings, denoiser: Denoiser, meter: Meter) -> Given:
     given = Given(settings, model, encode_prompts(settings, model), random)
     meter.plan(given.planned())
     return given
+
+
+def _key(given: Given) -> str:
+    """What a result of this run is stored under."""
+    return result_key(given.settings, given.prompts.tensors(), given.model.identity, VERSION)
+
+
+def _hear(given: Given, language_cache: MutableMapping[str, Tensor] | None) -> tuple[Given, Heard]:
+    """Ordinary language, and the run's prompts with the plain captions that are held like them."""
+    heard = hear(given, language_cache)
+    if heard.plain:
+        given = replace(given, prompts=replace(given.prompts, plain=heard.plain))
+        given.meter.plan(given.planned())
+    return given, heard
 
 
 def _ways(

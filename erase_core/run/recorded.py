@@ -6,10 +6,10 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, cast
 
 from ..artefact.cautions import harm_warnings, training_warnings, unknown_warnings
-from ..artefact.record import STOPPED, TRAINED, WORSE
+from ..artefact.record import STOPPED, TRAINED, WORSE, Record
 from ..files.fingerprint import fingerprint
 from ..method.closed_form import ClosedForm
 from ..method.subspace import ExactSet
@@ -30,20 +30,16 @@ def record_of(
     collateral: Mapping[str, Any] | None,
     heard: Heard,
     began: float,
-) -> dict[str, Any]:
-    """The record, plain JSON values; :mod:`record` says what must be in it.
+) -> Record:
+    """The record, which holds what is read again and more.
 
     Args:
         collateral: what else it changes, see :meth:`collateral.Others.report`.
         began: when the run did, by the monotonic clock.
     """
-    settings, edit, steps = given.settings, trained.edit, len(trained.losses)
-    solution = start.choice.solution if start.choice else None
+    settings, edit, solution = given.settings, trained.edit, start.solution
     measures = _with_collateral(measures, collateral, start.held_out is not None)
-    did_train = trained.outcome in (TRAINED, WORSE, STOPPED)
-    values = [*edit.factors.values()]
-    values += edit.bases.values() if settings.form == "soft" else []
-    return {
+    found: dict[str, Any] = {
         "version": VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017
         "family": given.model.family,
@@ -54,31 +50,55 @@ def record_of(
         "concepts": _concepts(settings, exact, solution, measures),
         "matrices": len(edit.factors),
         "rank": max(factor.shape[1] for factor in edit.factors.values()),
-        "values_trained": sum(t.numel() for t in values) if trained.outcome == TRAINED else 0,
         "subspace": {"exact_rank": exact.basis.shape[1], "share_left": exact.share_left},
         "protection": start.choice.ridge if start.choice else 0.0,
         "harm": solution.harm if solution else None,
         "measures": measures,
         "others": collateral,
-        "warnings": [
-            *harm_warnings(settings, measures, collateral),
-            *training_warnings(settings, trained.outcome),
-            *unknown_warnings(heard.language.unknown if heard.language else 0.0),
-            *given.prompts.warnings,
-            *prompt_warnings(settings),
-        ],
+        "warnings": _warnings(given, trained, measures, collateral, heard),
+        **_training(settings, trained),
+        "forward_equivalents": given.meter.spent,
+        "seconds": round(time.monotonic() - began, 2),
+    }
+    return cast(Record, found)
+
+
+def _training(settings: EraseSettings, trained: Trained) -> dict[str, Any]:
+    """What became of the training."""
+    edit, steps = trained.edit, len(trained.losses)
+    did_train = trained.outcome in (TRAINED, WORSE, STOPPED)
+    values = [*edit.factors.values()]
+    values += edit.bases.values() if settings.form == "soft" else []
+    return {
         "training": trained.outcome,
         "losses": trained.losses,
         "steps_done": steps,
+        "values_trained": sum(t.numel() for t in values) if trained.outcome == TRAINED else 0,
         "converged": trained.converged,
         "complete": trained.converged or not did_train or steps == settings.steps,
         "stopped_early": did_train and steps < settings.steps,
         "ended_by": trained.ended_by,
         "gradient_apart": trained.gradient.apart if trained.gradient else None,
         "memory": trained.memory,
-        "forward_equivalents": given.meter.spent,
-        "seconds": round(time.monotonic() - began, 2),
     }
+
+
+def _warnings(
+    given: Given,
+    trained: Trained,
+    measures: Mapping[str, Any],
+    collateral: Mapping[str, Any] | None,
+    heard: Heard,
+) -> list[str]:
+    """What a person must be told, the worst first."""
+    settings = given.settings
+    return [
+        *harm_warnings(settings, measures, collateral),
+        *training_warnings(settings, trained.outcome),
+        *unknown_warnings(heard.language.unknown if heard.language else 0.0),
+        *given.prompts.warnings,
+        *prompt_warnings(settings),
+    ]
 
 
 def _with_collateral(

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 from ..artefact.record import NO_HELP, NO_TRAINING, NOT_NEEDED, STOPPED, TRAINED, WORSE
+from ..method.closed_form import ClosedForm
 from ..method.collateral import Others
 from ..method.guidance import Movement
 from ..method.protection import AIM, HARM, LEAST_GAIN, RidgeChoice
@@ -38,6 +39,11 @@ class Start:
     others: Others | None
     held_out: States | None
     sampled: States | None = None
+
+    @property
+    def solution(self) -> ClosedForm | None:
+        """The closed form of the tokens; None where there is none."""
+        return self.choice.solution if self.choice else None
 
 
 @dataclass(frozen=True)
@@ -181,7 +187,7 @@ def _trainer(
 ) -> SurgeryTrainer:
     prompts = given.prompts
     pool = Pool(prompts.pairs, states, prompts.null, prompts.held, kept_states)
-    columns = start.choice.solution.columns if start.choice else []
+    columns = start.solution.columns if start.solution else []
     return SurgeryTrainer(given.model, pool, start.edit, columns, start.ridges, given.settings)
 
 
