@@ -15,13 +15,13 @@ from concept_surgery.erase_core.model.low_rank import LowRankEdit
 
 from benchmarks.emoji.data import SIZE, load_pictures, render, training_pictures
 from benchmarks.emoji.words import OBJECT_NAMES, STYLE_NAMES
+from benchmarks.engine import ENGINE
 from benchmarks.erasure import metrics
 from benchmarks.erasure.cases import Case, Question
 from benchmarks.erasure.judge import QUANTILE, VARIANTS, Judge, Verdicts
 from benchmarks.erasure.methods import METHODS, Method
 from benchmarks.erasure.painter import FOLDER, GUIDANCE, Painter, Recorder
 from benchmarks.erasure.results import Cache, code_digest, digest
-from tools.environment import ROOT
 
 HERE = Path(__file__).parent
 SOURCES = ("protocol.py", "painter.py", "judge.py")
@@ -195,12 +195,9 @@ def _real(questions: Sequence[Question]) -> np.ndarray:
 
 @cache
 def method_code(files: tuple[str, ...], uses_engine: bool) -> str:
-    """Digest of the source that a method runs: its own files, and the engine's if it uses it."""
-    paths = [HERE / "methods" / name for name in ("base.py", *files)]
-    if uses_engine:
-        paths += sorted((ROOT / "erase_core").rglob("*.py"))
-        paths.append(ROOT / "erase_core" / "data" / "captions.txt")
-    return code_digest(paths)
+    """Digest of what a method runs: its own files, and the engine's version if it uses it."""
+    own = code_digest(HERE / "methods" / name for name in ("base.py", *files))
+    return digest([own, ENGINE]) if uses_engine else own
 
 
 def _bare_step_seconds(denoiser: Recorder) -> float:

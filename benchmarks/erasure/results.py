@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import io
 import json
@@ -27,21 +28,27 @@ def code_digest(paths: Iterable[Path]) -> str:
 
 
 def _decisive(path: Path) -> bytes:
-    """A file's lines but, in Python, those that hold nothing or a comment alone.
+    """A file's lines but, in Python, imports and those that hold nothing or a comment alone.
 
-    So a comment may explain a choice without everything being measured again; one behind code
-    counts.
+    So a comment may explain a choice, and what a file uses may move, without everything being
+    measured again; a comment behind code counts.
     """
     text = path.read_bytes()
     if path.suffix != ".py":
         return text
     tokens = tokenize.tokenize(io.BytesIO(text).readline)
     comments = {token.start for token in tokens if token.type == tokenize.COMMENT}
+    imports: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            imports.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     lines = enumerate(text.splitlines(keepends=True), start=1)
     return b"".join(
         line
         for row, line in lines
-        if line.strip() and (row, len(line) - len(line.lstrip())) not in comments
+        if line.strip()
+        and row not in imports
+        and (row, len(line) - len(line.lstrip())) not in comments
     )
 
 

@@ -209,7 +209,7 @@ def test_the_cache_refuses_a_line_that_was_edited(tmp_path) -> None:
     assert digest(line["of"]) != line["key"]
 
 
-def test_comments_decide_no_result_but_everything_else_does(tmp_path) -> None:
+def test_comments_and_imports_decide_no_result_but_everything_else_does(tmp_path) -> None:
     def of(text: str, name: str = "method.py") -> str:
         path = tmp_path / name
         path.write_text(text)
@@ -217,6 +217,8 @@ def test_comments_decide_no_result_but_everything_else_does(tmp_path) -> None:
 
     plain = of("RATE = 1\n\ndef train():\n    return RATE\n")
     assert of("# Why.\nRATE = 1\ndef train():\n\n    # Because.\n    return RATE\n") == plain
+    moved = "from a.b import (\n    c,\n)\nimport d\nRATE = 1\ndef train():\n    return RATE\n"
+    assert of(moved) == plain
     others = [
         "RATE = 2\ndef train():\n    return RATE\n",
         "RATE = 1  # why\ndef train():\n    return RATE\n",

@@ -1,0 +1,6 @@
+"""Which results of ours are those of today, on the two small models that draw."""
+
+# The first version whose results on them are those of today: lines that are ours are found by it,
+# not by the text of the engine's files, so that moving code measures nothing again. 0.8.0 gives the
+# same to the last bit in all 56 instant erasures of ``benchmarks/unnamed``.
+ENGINE = "0.7.0"
