@@ -51,7 +51,7 @@ LONGEST_SECONDS = 5.0
 def erasure(loaded) -> Erasure:
     """An erasure of the checkpoint's matrices, with the record of another run."""
     settings = preset_settings("balanced", concepts="cat => dog\npizza", keep=("a tree",), **TOY)
-    *_, last = run(settings, ToyDenoiser())
+    last = run(settings, ToyDenoiser())
     weights = original_weights(loaded[0], trained_keys(loaded[0]))
     generator, rank = torch.Generator().manual_seed(0), last.rank
     width = next(iter(weights.values())).shape[1]
