@@ -11,7 +11,6 @@ each on one core of an EPYC with bfloat16 products (0.034 s in float32), so it t
 with 10 steps.
 """
 
-from tools.pack import load_pack, use_host
+from tools.pack import load_pack
 
-use_host()
 load_pack()

@@ -16,6 +16,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import benchmarks.erasure.with_host  # isort: skip # noqa: F401 - before what is the host's
+
 import comfy.model_management
 import comfy.sd
 import numpy as np

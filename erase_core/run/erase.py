@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,7 +66,6 @@ def erase(
         SettingsError, LayerRuleError, NoStoredResultError, SubspaceError, PredictionError,
             GradientError, TrainingError: see there.
     """
-    began = time.monotonic()
     given = _given(settings, denoiser, meter or Meter())
     key = "" if results is None else _key(given)
     stored = stored_result(results, key, reuse)
@@ -90,7 +88,7 @@ def erase(
     trained = train_where_it_helps(given, start)
     measures = _measure(given, start, trained, ways, exact, heard)
     collateral = others.report(trained.edit, given.prompts.subjects) if others else None
-    record = record_of(given, start, trained, exact, measures, collateral, heard, began)
+    record = record_of(given, start, trained, exact, measures, collateral, heard)
     erasure = Erasure.from_edit(trained.edit, record)
     if results is not None:
         results[key] = erasure

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,12 +24,14 @@ class Given:
         model: the host's, metered.
         prompts: the texts in the settings, as the text encoder gives them.
         random: random numbers for noise and for which prompts are sampled.
+        began: when the run did, in seconds of the monotonic clock.
     """
 
     settings: EraseSettings
     model: MeteredDenoiser
     prompts: EncodedPrompts
     random: torch.Generator
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def meter(self) -> Meter:

@@ -29,13 +29,11 @@ def record_of(
     measures: Mapping[str, Any],
     collateral: Mapping[str, Any] | None,
     heard: Heard,
-    began: float,
 ) -> Record:
     """The record, which holds what is read again and more.
 
     Args:
         collateral: what else it changes, see :meth:`collateral.Others.report`.
-        began: when the run did, by the monotonic clock.
     """
     settings, edit, solution = given.settings, trained.edit, start.solution
     measures = _with_collateral(measures, collateral, start.held_out is not None)
@@ -58,7 +56,7 @@ def record_of(
         "warnings": _warnings(given, trained, measures, collateral, heard),
         **_training(settings, trained),
         "forward_equivalents": given.meter.spent,
-        "seconds": round(time.monotonic() - began, 2),
+        "seconds": round(time.monotonic() - given.began, 2),
     }
     return cast(Record, found)
 

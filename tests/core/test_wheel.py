@@ -64,6 +64,14 @@ def test_it_is_imported_where_there_is_no_host(installed, tmp_path):
     subprocess.run([str(installed), "-c", script], cwd=tmp_path, check=True)
 
 
+def test_the_benchmarks_methods_need_no_host_either(installed, tmp_path):
+    script = (
+        f"import sys; sys.path.append({str(ROOT)!r}); import benchmarks.erasure.methods as m;"
+        "assert len(m.METHODS) > 10 and 'comfy' not in sys.modules"
+    )
+    subprocess.run([str(installed), "-c", script], cwd=tmp_path, check=True)
+
+
 def test_the_cores_tests_pass_on_it(installed, tmp_path):
     folder = tmp_path / "tests" / "core"
     shutil.copytree(CORE, folder, ignore=shutil.ignore_patterns("__pycache__"))
