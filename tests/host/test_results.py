@@ -22,7 +22,6 @@ from concept_surgery.erase_core import Erasure, erase, preset_settings
 from concept_surgery.erase_core.formats import kohya_tensors
 from concept_surgery.nodes.host import ComfyDenoiser
 from concept_surgery.nodes.results import ResultStore
-from concept_surgery.nodes.store import LanguageStore
 
 from tools import graphs
 from tools.environment import BUILD
@@ -33,8 +32,8 @@ from .test_identity import load, train, with_lora
 
 CHECKPOINT = "one-level.safetensors"
 TOY = {"resolution": 32, "captions": 40, "trajectories": 4, "sampling_steps": 4, "steps": 2}
-TINY = {"steps": 2, "trajectories": 2, "sampling_steps": 2, "captions": 16, "resolution": 64}
-SMALL = {"steps": 2, "trajectories": 2, "resolution": 64, "captions": 16, "protection": 1.0}
+TINY = {"steps": 2, "trajectories": 2, "sampling_steps": 2, "captions": 8, "resolution": 32}
+SMALL = {"steps": 2, "trajectories": 2, "resolution": 32, "captions": 8, "protection": 1.0}
 SMALL |= {"templates": "a photo of a {}"}  # each phrase takes longer to encode than all the rest
 KEY = "0123456789abcdef"
 
@@ -179,8 +178,8 @@ def test_several_writers_and_readers_of_one_key(finished, tmp_path):
 # Through the engine
 
 
-def test_the_same_training_is_found_and_another_is_not(loaded, checkpoint, tmp_path):
-    results, language = ResultStore(tmp_path / "results"), LanguageStore(tmp_path / "language")
+def test_the_same_training_is_found_and_another_is_not(loaded, checkpoint, store, tmp_path):
+    results, language = ResultStore(tmp_path / "results"), store
     first = train(loaded, results, language)
     assert not first.stored and len(results) == 1
     again = train(load(checkpoint), results, language)
@@ -195,12 +194,13 @@ def test_the_same_training_is_found_and_another_is_not(loaded, checkpoint, tmp_p
     assert len(results) == 3
 
 
-def test_an_interrupt_stores_nothing(loaded, tmp_path):
+def test_an_interrupt_stores_nothing(loaded, store, tmp_path):
     results = ResultStore(tmp_path / "results")
-    settings = preset_settings("balanced", concepts="cat", protection=1.0, **TINY)
+    values = {"templates": SMALL["templates"], "protection": 1.0, **TINY}
+    settings = preset_settings("balanced", concepts="cat", **values)
     with torch.inference_mode(False), torch.enable_grad():
         with ComfyDenoiser(*loaded, "tiny", 6, 64) as denoiser:
-            run = erase(settings, denoiser, LanguageStore(tmp_path / "l"), results=results)
+            run = erase(settings, denoiser, store, results=results)
             with pytest.raises(comfy.model_management.InterruptProcessingException):
                 for event in run:
                     if event.stage.startswith("Checking what must stay"):
