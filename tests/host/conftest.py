@@ -37,7 +37,7 @@ def loaded(checkpoint: Path):
 
 
 @pytest.fixture(scope="session")
-def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def language_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What this run of the tests has read of ordinary language, in all of its processes.
 
     Reading it is most of a training as small as the tests'. The next run reads it again, so that
@@ -51,9 +51,9 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def store(language: Path) -> LanguageStore:
+def store(language_folder: Path) -> LanguageStore:
     """That as a store."""
-    return LanguageStore(language)
+    return LanguageStore(language_folder)
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +64,7 @@ def finished(loaded, store: LanguageStore) -> Finished:
 
 @pytest.fixture(scope="session")
 def server(
-    checkpoint: Path, language: Path, tmp_path_factory: pytest.TempPathFactory
+    checkpoint: Path, language_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ComfyHost]:
     """A running host with that checkpoint, the checkout and the probe pack."""
     front_end = os.environ.get("COMFYUI_FRONT_END_FOLDER")
@@ -75,6 +75,6 @@ def server(
         arguments=("--front-end-root", front_end) if front_end else (),
     )
     host.extra(PROBE_PACK)
-    place(language, host.work / "user" / "concept_surgery" / "language")
+    place(language_folder, host.work / "user" / "concept_surgery" / "language")
     with host:
         yield host

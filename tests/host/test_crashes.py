@@ -85,8 +85,10 @@ def started(work: Path, checkpoint: Path, name: str) -> ComfyHost:
     return ComfyHost(work, checkpoints=[checkpoint], log=log)
 
 
-def test_a_killed_server_leaves_whole_files_and_the_next_one_works(tmp_path, checkpoint, language):
-    place(language, tmp_path / "user" / "concept_surgery" / "language")
+def test_a_killed_server_leaves_whole_files_and_the_next_one_works(
+    tmp_path, checkpoint, language_folder
+):
+    place(language_folder, tmp_path / "user" / "concept_surgery" / "language")
     draw, complete = random.Random(0), []
     for number in range(KILLS):
         with started(tmp_path, checkpoint, "killed") as host:
