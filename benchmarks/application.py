@@ -31,6 +31,7 @@ import comfy.sampler_helpers  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from concept_surgery.erase_core import Erasure, erase, preset_settings  # noqa: E402
+from concept_surgery.erase_core.artefact.language_store import LanguageStore  # noqa: E402
 from concept_surgery.nodes.apply import apply_erasure  # noqa: E402
 from concept_surgery.nodes.encoding import encode_prompts  # noqa: E402
 from concept_surgery.nodes.host import ComfyDenoiser  # noqa: E402
@@ -75,8 +76,12 @@ def model_in(dtype: torch.dtype):
         )[0]
 
 
-def trained(model, clip) -> Erasure:
-    """A short training: a cat becomes a dog, a tiger and a negative prompt stay exact."""
+def trained(model, clip, language: LanguageStore | None = None) -> Erasure:
+    """A short training: a cat becomes a dog, a tiger and a negative prompt stay exact.
+
+    Args:
+        language: what was read of ordinary language before, and where it is kept.
+    """
     settings = preset_settings(
         "balanced",
         concepts="cat => dog",
@@ -86,7 +91,7 @@ def trained(model, clip) -> Erasure:
     )
     with torch.inference_mode(False), torch.enable_grad():
         with ComfyDenoiser(model, clip, "tiny", 6, 64) as denoiser:
-            last = erase(settings, denoiser)
+            last = erase(settings, denoiser, language)
     (kept,) = last.record["measures"]["kept"]
     if not kept["exact"]:
         raise RuntimeError("The kept prompt did not become exact; the figures would mean nothing.")

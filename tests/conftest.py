@@ -17,8 +17,8 @@ load_pack()
 
 # Files of few tests that take long. Two processes share the work best if these come first; by
 # itself the runner begins with the files that have most tests.
-LONGEST = ("test_crashes", "test_sdxl", "test_quality", "test_unnamed", "test_inprocess")
-LONGEST += ("test_graph", "test_results", "test_join", "test_apply", "test_quality_icons")
+LONGEST = ("test_inprocess", "test_graph", "test_sdxl", "test_quality", "test_crashes")
+LONGEST += ("test_results", "test_apply", "test_unnamed", "test_join", "test_quality_icons")
 
 
 def pytest_collection_modifyitems(items: list) -> None:

@@ -14,7 +14,7 @@ from concept_surgery.erase_core.artefact.language_store import LanguageStore
 
 from tools.checkpoint import build_checkpoint
 from tools.environment import BUILD, ROOT
-from tools.host import ComfyHost
+from tools.host import ComfyHost, place
 
 from .encoder import RememberingClip
 from .tiny import train
@@ -37,9 +37,23 @@ def loaded(checkpoint: Path):
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> LanguageStore:
-    """An empty store of encoded captions."""
-    return LanguageStore(tmp_path_factory.mktemp("language"))
+def language_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What this run of the tests has read of ordinary language, in all of its processes.
+
+    Reading it is most of a training as small as the tests'. The next run reads it again, so that
+    nothing is left of how it was read before a change.
+    """
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    folder = shared / "language"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store(language_folder: Path) -> LanguageStore:
+    """That as a store."""
+    return LanguageStore(language_folder)
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +63,9 @@ def finished(loaded, store: LanguageStore) -> Erasure:
 
 
 @pytest.fixture(scope="session")
-def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyHost]:
+def server(
+    checkpoint: Path, language_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ComfyHost]:
     """A running host with that checkpoint, the checkout and the probe pack."""
     front_end = os.environ.get("COMFYUI_FRONT_END_FOLDER")
     host = ComfyHost(
@@ -59,5 +75,6 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         arguments=("--front-end-root", front_end) if front_end else (),
     )
     host.extra(PROBE_PACK)
+    place(language_folder, host.work / "user" / "concept_surgery" / "language")
     with host:
         yield host

@@ -49,8 +49,8 @@ def loaded():
 
 
 @pytest.fixture(scope="module")
-def erasure(loaded) -> Erasure:
-    return application.trained(*loaded)
+def erasure(loaded, store) -> Erasure:
+    return application.trained(*loaded, store)
 
 
 @pytest.fixture(scope="module")

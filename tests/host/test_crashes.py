@@ -13,16 +13,17 @@ from concept_surgery.erase_core.artefact.results import ResultStore
 
 from tools import graphs
 from tools.environment import BUILD
-from tools.host import ComfyHost, HostError
+from tools.host import ComfyHost, HostError, place
 
 from .test_http import predictions
+from .test_results import toy_erasure
 
 CHECKPOINT = "one-level.safetensors"
 # Starting a server and reading prompts take longer than all the rest. HOST_CRASHES=1 is for who
 # changes how files are written or how a run ends.
 ALL = bool(os.environ.get("HOST_CRASHES"))
 INTERRUPTS, KILLS, PAIRS = (20, 20, 8) if ALL else (3, 1, 8)
-SHORT = {"steps": 2, "trajectories": 4, "resolution": 64, "captions": 16, "protection": 1.0}
+SHORT = {"steps": 2, "trajectories": 4, "resolution": 32, "captions": 8, "protection": 1.0}
 SHORT |= {"templates": "a photo of a {}", "stored_result": "train again"}
 
 
@@ -84,7 +85,10 @@ def started(work: Path, checkpoint: Path, name: str) -> ComfyHost:
     return ComfyHost(work, checkpoints=[checkpoint], log=log)
 
 
-def test_a_killed_server_leaves_whole_files_and_the_next_one_works(tmp_path, checkpoint):
+def test_a_killed_server_leaves_whole_files_and_the_next_one_works(
+    tmp_path, checkpoint, language_folder
+):
+    place(language_folder, tmp_path / "user" / "concept_surgery" / "language")
     draw, complete = random.Random(0), []
     for number in range(KILLS):
         with started(tmp_path, checkpoint, "killed") as host:
@@ -105,10 +109,9 @@ def test_a_killed_server_leaves_whole_files_and_the_next_one_works(tmp_path, che
     assert all(key in results for key in results) and len(results) == 1
 
 
-def test_of_two_servers_that_save_under_one_name_both_keep_their_erasure(
-    tmp_path, checkpoint, finished
-):
-    erasures = [finished, twin_of(finished)]
+def test_of_two_servers_that_save_under_one_name_both_keep_their_erasure(tmp_path, checkpoint):
+    erasure = toy_erasure()
+    erasures = [erasure, twin_of(erasure)]
     with started(tmp_path, checkpoint, "one") as one, started(tmp_path, checkpoint, "two") as two:
         for number, erasure in enumerate(erasures):
             erasure.save(one.models("loras") / f"from-{number}.safetensors")

@@ -24,10 +24,10 @@ def painter(checkpoint, tmp_path_factory) -> Painter:
 
 
 @pytest.fixture(scope="module")
-def erasure(painter):
+def erasure(painter, store):
     settings = preset_settings("instant", concepts="cat => dog", captions=24, resolution=64)
     with painter.denoiser("key-value") as denoiser:
-        last = erase(settings, denoiser)
+        last = erase(settings, denoiser, store)
     return last
 
 

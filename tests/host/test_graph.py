@@ -17,7 +17,7 @@ from tools.environment import ROOT
 from tools.host import ComfyHost, GraphFailed, GraphRejected
 
 CHECKPOINT = "one-level.safetensors"
-SMALL = {"steps": 4, "trajectories": 4, "resolution": 64, "captions": 24}
+SMALL = {"steps": 4, "trajectories": 4, "resolution": 32, "captions": 24}
 
 # Two phrases instead of the twelve of the kind: encoding them is most of so small a training.
 TEMPLATES = "a photo of a {} => a photo\na {} in a garden => a garden"

@@ -21,7 +21,7 @@ from benchmarks.erasure.run import leave_out_empty_layers
 from benchmarks.unnamed.emoji_world import has_bfloat16
 from tools.environment import BUILD
 
-STEPS, MOST = 12, 14
+STEPS, MOST = 8, 14
 OBJECT = Case("cat => dog", "object"), {"preset": "instant"}
 REMOVAL = Case("pizza", "object"), {"preset": "instant"}
 STYLE = Case("ink => flat", "style"), {"steps": 16, "trajectories": 6}

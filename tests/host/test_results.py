@@ -20,7 +20,6 @@ import pytest
 import torch
 from concept_surgery.erase_core import Erasure, Meter, erase, preset_settings
 from concept_surgery.erase_core.artefact.formats import kohya_tensors
-from concept_surgery.erase_core.artefact.language_store import LanguageStore
 from concept_surgery.erase_core.artefact.results import ResultStore
 from concept_surgery.nodes.host import ComfyDenoiser
 
@@ -34,8 +33,8 @@ from .tiny import interrupting
 
 CHECKPOINT = "one-level.safetensors"
 TOY = {"resolution": 32, "captions": 40, "trajectories": 4, "sampling_steps": 4, "steps": 2}
-TINY = {"steps": 2, "trajectories": 2, "sampling_steps": 2, "captions": 16, "resolution": 64}
-SMALL = {"steps": 2, "trajectories": 2, "resolution": 64, "captions": 16, "protection": 1.0}
+TINY = {"steps": 2, "trajectories": 2, "sampling_steps": 2, "captions": 8, "resolution": 32}
+SMALL = {"steps": 2, "trajectories": 2, "resolution": 32, "captions": 8, "protection": 1.0}
 SMALL |= {"templates": "a photo of a {}"}  # each phrase takes longer to encode than all the rest
 KEY = "0123456789abcdef"
 
@@ -180,8 +179,8 @@ def test_several_writers_and_readers_of_one_key(finished, tmp_path):
 # Through the engine
 
 
-def test_the_same_training_is_found_and_another_is_not(loaded, checkpoint, tmp_path):
-    results, language = ResultStore(tmp_path / "results"), LanguageStore(tmp_path / "language")
+def test_the_same_training_is_found_and_another_is_not(loaded, checkpoint, store, tmp_path):
+    results, language = ResultStore(tmp_path / "results"), store
     first = train(loaded, results, language)
     assert not first.stored and len(results) == 1
     again = train(load(checkpoint), results, language)
@@ -196,14 +195,15 @@ def test_the_same_training_is_found_and_another_is_not(loaded, checkpoint, tmp_p
     assert len(results) == 3
 
 
-def test_an_interrupt_stores_nothing(loaded, tmp_path):
+def test_an_interrupt_stores_nothing(loaded, store, tmp_path):
     results = ResultStore(tmp_path / "results")
-    settings = preset_settings("balanced", concepts="cat", protection=1.0, **TINY)
+    values = {"templates": SMALL["templates"], "protection": 1.0, **TINY}
+    settings = preset_settings("balanced", concepts="cat", **values)
     with torch.inference_mode(False), torch.enable_grad():
         with ComfyDenoiser(*loaded, "tiny", 6, 64) as denoiser:
             meter = Meter(interrupting("Checking what must stay"))
             with pytest.raises(comfy.model_management.InterruptProcessingException):
-                erase(settings, denoiser, LanguageStore(tmp_path / "l"), meter, results)
+                erase(settings, denoiser, store, meter, results)
     assert len(results) == 0 and not results.folder.exists()
 
 

@@ -10,7 +10,7 @@ from concept_surgery.erase_core import Erasure, erase, preset_settings
 from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.host import ComfyDenoiser
 
-QUICK = {"steps": 4, "trajectories": 4, "sampling_steps": 4, "captions": 24, "resolution": 64}
+QUICK = {"steps": 4, "trajectories": 4, "sampling_steps": 4, "captions": 24, "resolution": 32}
 
 
 def train(loaded, store, name="tiny", **values) -> Erasure:
