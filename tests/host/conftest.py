@@ -29,23 +29,27 @@ def checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
-def loaded(checkpoint: Path):
-    """MODEL and CLIP of that checkpoint."""
-    with torch.inference_mode():  # as the host loads, inside its executor
-        model, clip, _ = comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
-    return model, RememberingClip(clip)
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all processes of this run of the tests.
+
+    The next run has another, so that nothing is left of how things were before a change.
+    """
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(scope="session")
-def language_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What this run of the tests has read of ordinary language, in all of its processes.
+def loaded(checkpoint: Path, shared_folder: Path):
+    """MODEL and CLIP of that checkpoint."""
+    with torch.inference_mode():  # as the host loads, inside its executor
+        model, clip, _ = comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
+    return model, RememberingClip(clip, shared_folder / "encoded")
 
-    Reading it is most of a training as small as the tests'. The next run reads it again, so that
-    nothing is left of how it was read before a change.
-    """
-    own = tmp_path_factory.getbasetemp()
-    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    folder = shared / "language"
+
+@pytest.fixture(scope="session")
+def language_folder(shared_folder: Path) -> Path:
+    """What was read of ordinary language, which is most of a training as small as the tests'."""
+    folder = shared_folder / "language"
     folder.mkdir(exist_ok=True)
     return folder
 

@@ -38,14 +38,17 @@ from benchmarks.application import DTYPES, PROMPTS, SIGMAS, predict
 from nodes import NODE_CLASS_MAPPINGS
 from tools import graphs
 
+from .encoder import RememberingClip
+
 UNMOVED = ("null", "negative", "kept exact")
 
 
 @pytest.fixture(scope="module")
-def loaded():
+def loaded(shared_folder):
     with torch.inference_mode():  # as the host loads, inside its executor
         path = str(application.checkpoint())
-        return comfy.sd.load_checkpoint_guess_config(path, output_vae=False)[:2]
+        model, clip = comfy.sd.load_checkpoint_guess_config(path, output_vae=False)[:2]
+        return model, RememberingClip(clip, shared_folder / "encoded")
 
 
 @pytest.fixture(scope="module")
