@@ -61,6 +61,7 @@ class Asked(_AskedOptional):
 
 class _ConceptOptional(TypedDict, total=False):
     kind: str | None
+    also: list[str]
 
 
 class ConceptRecord(_ConceptOptional):

@@ -463,3 +463,18 @@ def test_a_trials_gradient_check_stands_for_the_training_after_it(monkeypatch):
     record = run(steps=2, trial_steps=1)[-1].record
     assert record["steps_done"] == 2 and len(checked) == 1
     assert record["gradient_apart"] <= 0.025
+
+
+def test_all_names_of_a_concept_move_and_are_one_concept(tmp_path):
+    erasure = run(preset="instant", concepts="cat | kitten => dog", steps=None)[-1]
+    (concept,) = erasure.record["concepts"]
+    assert concept["also"] == ["kitten"] and erasure.concept == "cat"
+    assert "Erased cat or kitten (replaced by dog)" in report_text(erasure.record)
+    toy, edit = ToyDenoiser(), erasure.edit()
+    for text in ("a photo of a cat", "a photo of a kitten"):
+        named, other = (prompt.tokens for prompt in toy.encode([text, "a photo of a dog"]))
+        left = (named - other) @ toy.key.weight.T
+        gone = (named @ edit.bases["toy_attn2_to_k"]) @ edit.factors["toy_attn2_to_k"].T
+        assert (gone + left).norm() < 0.5 * left.norm(), text
+    erasure.save(tmp_path / "cats.safetensors")
+    assert Erasure.load(tmp_path / "cats.safetensors").record == erasure.record
