@@ -111,8 +111,12 @@ class Drift(TypedDict):
     drift: float
 
 
-class KeptRecord(Drift):
-    """What became of a keep prompt."""
+class _KeptOptional(TypedDict, total=False):
+    share_left: float
+
+
+class KeptRecord(Drift, _KeptOptional):
+    """What became of a keep prompt, and what share of the edit it would leave if it were exact."""
 
     exact: bool
 

@@ -288,6 +288,12 @@ def test_the_report_names_exact_and_approximate_prompts():
     assert kinds == {True, False}
     text = report_text(record)
     assert "Kept 'a tree': exact" in text and ": approximate, drift" in text
+    approximate = [one for one in record["measures"]["kept"] if not one["exact"]]
+    assert text.count("isn't exact because beside it only") == len(approximate)
+    said = f"beside it only {approximate[0]['share_left']:.0%} of the edit would be left"
+    assert said in text and "use fewer words in it, or move it further up." in text
+    soft = run(form="soft", keep=keep[:1], steps=2)[-1].record
+    assert "isn't exact because" not in report_text(soft)
 
 
 def test_nan_is_said_and_ends_the_run():
