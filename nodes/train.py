@@ -189,7 +189,8 @@ def _main_inputs() -> list[Any]:
             placeholder="what to stop drawing, one a line: cat => dog",
             default="",
             tooltip=(
-                "What the model must stop drawing, for example: cat. Several: one a line. "
+                "What the model must stop drawing, for example: cat. Several: one a line. Other "
+                "names of one thing: cat | kitten. "
                 "cat => dog says what to draw instead."
             ),
         ),

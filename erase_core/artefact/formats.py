@@ -214,10 +214,11 @@ def _preset(record: Mapping[str, Any]) -> str:
 
 
 def concept_list(record: Mapping[str, Any], most: int = 5) -> str:
-    """The concepts of a record in words: "cat (replaced by dog), pizza"."""
+    """The concepts of a record in words: "cat or kitten (replaced by dog), pizza"."""
+    names = [" or ".join([c["text"], *c.get("also", ())]) for c in record["concepts"]]
     named = [
-        f"{c['text']} (replaced by {c['alternative']})" if c["alternative"] else c["text"]
-        for c in record["concepts"]
+        f"{name} (replaced by {c['alternative']})" if c["alternative"] else name
+        for name, c in zip(names, record["concepts"], strict=True)
     ]
     more = len(named) - most
     return ", ".join(named[:most]) + (f" and {more} more" if more > 0 else "")

@@ -61,6 +61,7 @@ class Asked(_AskedOptional):
 
 class _ConceptOptional(TypedDict, total=False):
     kind: str | None
+    also: list[str]
 
 
 class ConceptRecord(_ConceptOptional):
@@ -110,8 +111,12 @@ class Drift(TypedDict):
     drift: float
 
 
-class KeptRecord(Drift):
-    """What became of a keep prompt."""
+class _KeptOptional(TypedDict, total=False):
+    share_left: float
+
+
+class KeptRecord(Drift, _KeptOptional):
+    """What became of a keep prompt, and what share of the edit it would leave if it were exact."""
 
     exact: bool
 

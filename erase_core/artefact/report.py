@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..method.subspace import KEEP_FLOOR
 from ..settings.families import by_name
 from .cautions import guidance_change, harm_grade
 from .formats import concept_list
@@ -132,11 +133,30 @@ def _staying(record: Mapping[str, Any]) -> list[str]:
     for entry in measures["kept"]:
         kind = "exact" if entry["exact"] else "approximate"
         lines.append(f"Kept {entry['text']!r}: {kind}, drift{of} {_share(entry['drift'])}.")
-    lines.append(_unnamed(record))
+    lines += [*_why_not_exact(record), _unnamed(record)]
     if hard:
         left = record["subspace"]["share_left"]
         lines.append(f"Share of the edit left beside the exact prompts: {left:.0%}.")
     return lines
+
+
+def _why_not_exact(record: Mapping[str, Any]) -> list[str]:
+    """In the hard form, why keep prompts are approximate, and what would make them exact."""
+    # The share is not among what a record must have.
+    kept = [one for one in record["measures"]["kept"] if not one["exact"] and "share_left" in one]
+    if record["form"] != "hard" or not kept:
+        return []
+    advice = "use fewer words in it"
+    if record["measures"]["kept"][0] is not kept[0]:
+        advice += ", or move it further up"
+    if record["settings"]["negative_prompts"]:
+        advice += ", or take a negative prompt away, which comes first"
+    least = f"at least {KEEP_FLOOR:.0%} must be left to the concept"
+    return [
+        f"{one['text']!r} isn't exact because beside it only {one['share_left']:.0%} of the edit "
+        f"would be left ({least}). To make it exact, {advice}."
+        for one in kept
+    ]
 
 
 def _unnamed(record: Mapping[str, Any]) -> str:

@@ -132,7 +132,7 @@ def changes_together(
     if not readers or any(weight.shape[1] != width for weight in readers.values()):
         return None
     concepts = [concept for record in records for concept in _concepts_of(record)]
-    spoken = [name_of(text, c.kind) for c in concepts for text in (c.text, c.alternative) if text]
+    spoken = [name_of(text, c.kind) for c in concepts for text in (*c.names, c.alternative) if text]
     others = Others(spoken, language, Metric.of(readers, language.moment))
     if not others.witnesses.texts:
         return None
@@ -231,22 +231,34 @@ def _concepts(records: Sequence[Mapping[str, Any]]) -> list[Concept]:
     """
     found: list[Concept] = []
     for concept in (concept for record in records for concept in _concepts_of(record)):
-        same = [other for other in found if same_text(other.text, concept.text)]
+        same = [other for other in found if _share_a_name(other, concept)]
         if same and not same_text(same[0].alternative, concept.alternative):
             raise SettingsError(
                 f"{concept.text!r} is erased twice with different ends: {_end(same[0])} in one "
                 f"erasure, {_end(concept)} in another. Take it out of one of them with Take "
                 "Concepts Out, or leave one away."
             )
-        if not same:
+        if same:
+            names = [*same[0].also, *_names_beside(same[0], concept)]
+            found[found.index(same[0])] = dataclasses.replace(same[0], also=tuple(names))
+        else:
             found.append(concept)
     for concept in found:
         _refuse_an_erased_alternative(concept, found)
     return found
 
 
+def _share_a_name(one: Concept, other: Concept) -> bool:
+    return any(same_text(name, own) for name in one.names for own in other.names)
+
+
+def _names_beside(one: Concept, other: Concept) -> list[str]:
+    """The names of another concept that one doesn't have."""
+    return [name for name in other.names if not any(same_text(name, own) for own in one.names)]
+
+
 def _refuse_an_erased_alternative(concept: Concept, every: Iterable[Concept]) -> None:
-    if any(same_text(concept.alternative, other.text) for other in every):
+    if any(same_text(concept.alternative, name) for other in every for name in other.names):
         raise SettingsError(
             f"{concept.text!r} is replaced by {concept.alternative!r} in one erasure, and "
             f"{concept.alternative!r} is erased in another. Train {concept.text!r} again with a "
@@ -268,7 +280,7 @@ def _contradictions(
     prompt to name the concept, it stays. Negative prompts name concepts often, and only one that is
     nothing but a prompt of the concept goes.
     """
-    erased = [(concept.text, concept.text) for concept in settings.concepts]
+    erased = [(name, concept.text) for concept in settings.concepts for name in concept.names]
     erased += [
         (pair.erased, settings.concepts[pair.concept].text) for pair in prompt_pairs(settings)
     ]
@@ -287,7 +299,9 @@ def _erased_by_others(text: str, records: Sequence[Mapping[str, Any]]) -> list[s
     allowed: set[str] = set()
     for record in records:
         concepts = [
-            c.text for c in _concepts_of(record) if those_naming([text], [name_of(c.text, c.kind)])
+            c.text
+            for c in _concepts_of(record)
+            if those_naming([text], [name_of(n, c.kind) for n in c.names])
         ]
         named += concepts
         if any(same_text(text, own) for own in _texts([record], "keep")):
@@ -308,7 +322,12 @@ def _concepts_of(record: Mapping[str, Any]) -> list[Concept]:
     """What an erasure erases, each with its own kind."""
     kind = _of(record, "kind", KINDS[0])
     return [
-        Concept(one["text"], one.get("alternative") or "", one.get("kind") or kind)
+        Concept(
+            one["text"],
+            one.get("alternative") or "",
+            one.get("kind") or kind,
+            tuple(one.get("also", ())),
+        )
         for one in record["concepts"]
     ]
 

@@ -41,8 +41,8 @@ class EncodedPrompts:
         keep: the keep prompts with their texts, most important first.
         plain: plain captions that are held like keep prompts, where nothing else protects the
             prompts nobody named.
-        subjects: for each concept in a plain phrase the rows of its last token and of the prompt's
-            end, (2, width).
+        subjects: for each name of a concept in a plain phrase the rows of its last token and of
+            the prompt's end, (2, width).
         warnings: what a person should know about texts that the encoder doesn't read as meant.
     """
 
@@ -78,7 +78,8 @@ def encode_prompts(settings: EraseSettings, denoiser: Denoiser) -> EncodedPrompt
     texts, pairs = _Texts(denoiser), prompt_pairs(settings)
     warnings = check_named(settings, texts)
     asked = [_Asked.of(pair, texts) for pair in pairs]
-    plain = [f"a photo of {with_article(concept.text)}" for concept in settings.concepts]
+    names = [name for concept in settings.concepts for name in concept.names]
+    plain = [f"a photo of {with_article(name)}" for name in names]
     texts.encode([*(text for one in asked for text in one.texts()), *plain])
     warnings += check_phrases(settings, pairs, texts)
     return EncodedPrompts(

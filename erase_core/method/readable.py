@@ -47,7 +47,7 @@ def check_named(settings: EraseSettings, texts: Texts) -> list[str]:
     places = _places(settings)
     texts.encode(["", *places])
     refuse_out_of_range(texts, places)
-    needed = {text for c in settings.concepts for text in (c.text, c.alternative) if text}
+    needed = {text for c in settings.concepts for text in (*c.names, c.alternative) if text}
     warnings = []
     for text, place in places.items():
         problem = _nothing_read(text, place, texts, text in needed)
@@ -68,7 +68,7 @@ def check_phrases(settings: EraseSettings, pairs: Sequence[PromptPair], texts: T
     warnings = {}
     for pair in pairs:
         concept = settings.concepts[pair.concept]
-        for text, prompt in ((concept.text, pair.erased), (concept.alternative, pair.alternative)):
+        for text, prompt in ((pair.name, pair.erased), (concept.alternative, pair.alternative)):
             if not text or not prompt:
                 continue
             if not _vectors(text, texts) <= _vectors(prompt, texts):
@@ -125,7 +125,7 @@ def _places(settings: EraseSettings) -> dict[str, str]:
     """The texts that the user named, each with the input that it stands in."""
     places: dict[str, str] = {}
     for concept in settings.concepts:
-        places[concept.text] = "erase"
+        places |= dict.fromkeys(concept.names, "erase")
         if concept.alternative:
             places[concept.alternative] = "replace with"
     for text in settings.keep:

@@ -55,7 +55,8 @@ class Given:
     @property
     def erased(self) -> list[str]:
         """What is erased; protected, it would hold back what is to move."""
-        return [name_of(c.text, self.settings.kind_of(c)) for c in self.settings.concepts]
+        concepts, kind_of = self.settings.concepts, self.settings.kind_of
+        return [name_of(name, kind_of(c)) for c in concepts for name in c.names]
 
     @property
     def spoken(self) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -15,6 +14,7 @@ from ..method.closed_form import ClosedForm
 from ..method.subspace import ExactSet
 from ..settings.prompts import prompt_warnings
 from ..settings.settings import EraseSettings
+from ..settings.texts import concept_values
 from ..version import VERSION
 from .given import Given
 from .heard import Heard
@@ -127,7 +127,7 @@ def _concepts(
     held_out = measures["moved_held_out"]
     return [
         {
-            **dataclasses.asdict(concept),
+            **concept_values(concept),
             "share_left": exact.shares_left[index],
             "keys_and_values_moved": solution.moved[index] if solution else None,
             "moved": held_out["concepts"][index] if held_out else None,

@@ -44,6 +44,7 @@ class PromptPair:
             length that the concept may have in tokens.
         neutral_alternative: the same for the alternative.
         concept: place of the concept in the settings.
+        name: which of its names stands in the erased prompt, as it was typed.
     """
 
     erased: str
@@ -51,6 +52,7 @@ class PromptPair:
     neutral: tuple[str, ...]
     neutral_alternative: tuple[str, ...]
     concept: int = 0
+    name: str = ""
 
 
 OBJECT_TEMPLATES = (
@@ -149,26 +151,29 @@ def templates(settings: EraseSettings, concept: Concept) -> list[Template]:
 
 
 def prompt_pairs(settings: EraseSettings) -> list[PromptPair]:
-    """The training prompts of all concepts, one pair for each template and concept.
+    """The training prompts of all concepts, one pair for each template and name of a concept.
 
     Raises:
         SettingsError: when a prompt that must be kept is itself a prompt to erase.
     """
     pairs = [
-        _pair(settings, template, concept, index)
+        _pair(settings, template, concept, index, name)
         for index, concept in enumerate(settings.concepts)
+        for name in concept.names
         for template in templates(settings, concept)
     ]
     _refuse_contradictions(settings, pairs)
     return pairs
 
 
-def _pair(settings: EraseSettings, template: Template, concept: Concept, index: int) -> PromptPair:
+def _pair(
+    settings: EraseSettings, template: Template, concept: Concept, index: int, name: str
+) -> PromptPair:
     kind = settings.kind_of(concept)
-    erased, fillers = _bare(kind, concept.text), FILLERS[kind]
+    erased, fillers = _bare(kind, name), FILLERS[kind]
     neutral = tuple(template.neutral(erased, filler) for filler in fillers)
     if not concept.alternative:
-        return PromptPair(template.fill(erased), template.without, neutral, (), index)
+        return PromptPair(template.fill(erased), template.without, neutral, (), index, name)
     instead = _bare(kind, concept.alternative)
     return PromptPair(
         template.fill(erased),
@@ -176,6 +181,7 @@ def _pair(settings: EraseSettings, template: Template, concept: Concept, index: 
         neutral,
         tuple(template.neutral(instead, filler) for filler in fillers),
         index,
+        name,
     )
 
 
@@ -188,7 +194,7 @@ def prompt_warnings(settings: EraseSettings) -> list[str]:
     tags = [concept for concept in settings.concepts if settings.kind_of(concept) == "tags"]
     if not tags:
         return warnings
-    concepts = [text for c in tags for text in (c.text, c.alternative)]
+    concepts = [text for c in tags for text in (*c.names, c.alternative)]
     texts = [*concepts, *settings.keep, *settings.negative_prompts, *settings.templates]
     return [
         *warnings,
@@ -277,7 +283,7 @@ def _escaped(text: str) -> str:
 
 def _refuse_contradictions(settings: EraseSettings, pairs: list[PromptPair]) -> None:
     erased = {folded(pair.erased): settings.concepts[pair.concept] for pair in reversed(pairs)}
-    erased |= {folded(concept.text): concept for concept in settings.concepts}
+    erased |= {folded(name): c for c in settings.concepts for name in c.names}
     for setting in ("keep", "negative_prompts"):
         for prompt in getattr(settings, setting):
             concept = erased.get(folded(prompt))

@@ -14,6 +14,7 @@ from .texts import (
     KINDS,
     Concept,
     SettingsError,
+    concept_values,
     distinct_lines,
     label,
     parse_concepts,
@@ -154,10 +155,11 @@ class EraseSettings:
                 "a pattern with *, such as *_attn2_to_v.",
                 "layers",
             )
-        pairs = len(self.templates) * len(self.concepts)
+        names = sum(len(concept.names) for concept in self.concepts)
+        pairs = len(self.templates) * names
         if pairs > MOST_PROMPTS:
             raise SettingsError(
-                f"{len(self.templates)} templates of {len(self.concepts)} concepts are {pairs:,} "
+                f"{len(self.templates)} templates of {names} concepts are {pairs:,} "
                 f"prompts to learn from, and {MOST_PROMPTS:,} are the most. Take templates out.",
                 "templates",
             )
@@ -217,10 +219,12 @@ class EraseSettings:
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values, for the record of an erasure."""
-        return {
+        values = {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self).items()
         }
+        values["concepts"] = [concept_values(concept) for concept in self.concepts]
+        return values
 
 
 # Instant samples nothing, so it has nothing to measure predictions on. Balanced adds training and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ MOST_CHARACTERS = 5000  # of one line; CLIP reads 77 tokens at a time, some 300 
 _ARROWS = re.compile(
     r"\s*(?:=>|[⇒→➔➜➝➞⟶⟹⭢🡒]|(?<![^\s\w)\]\"'.,!?])(?:-+|=+|—|–|－|＝|~)[>＞](?![^\s\w(\[\"'.,!?#]))\s*"
 )
+# "cat | kitten" are two names of one concept. Not the bars of emoticons among tags, such as "|_|".
+_BAR = re.compile(r"(?:^|\s+)\|(?:\s+|$)|(?<=\w)\|(?=\w)")
 # What people write where they mean that nothing takes the place.
 _NOTHING = frozenset(("none", "null", "nothing"))
 _COMMENT = re.compile(r"#(?:[\s#]|$)")
@@ -47,21 +50,37 @@ class Concept:
         text: what the model must stop drawing, as a user types it ("cat", "Van Gogh").
         alternative: what takes its place; empty means nothing in particular, a neutral word.
         kind: a key of :data:`KINDS`; empty for that of the settings.
+        also: other names of the same thing ("kitten", "tomcat"), which go with it.
     """
 
     text: str
     alternative: str = ""
     kind: str = ""
+    also: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of it, the one that it is called by first."""
+        return (self.text, *self.also)
 
     def __str__(self) -> str:
-        return f"{self.text} {ARROW} {self.alternative}" if self.alternative else self.text
+        names = " | ".join(self.names)
+        return f"{names} {ARROW} {self.alternative}" if self.alternative else names
+
+
+def concept_values(concept: Concept) -> dict[str, Any]:
+    """A concept as plain JSON values; other names only where it has some, as before there were."""
+    values = dataclasses.asdict(concept)
+    also = list(values.pop("also"))
+    return {**values, "also": also} if also else values
 
 
 def parse_concepts(given: Any, alternative: Any = "") -> tuple[Concept, ...]:
     """Concepts from text, one a line, ``cat => dog`` naming what takes its place.
 
     Arrows of other shapes (``->``, ``→``) are read as ``=>``, "none" after one as nothing, and a
-    line that begins with ``#`` and a blank is a comment.
+    line that begins with ``#`` and a blank is a comment. ``cat | kitten => dog`` gives one concept
+    several names.
 
     Args:
         given: text, or a sequence of texts, :class:`Concept` objects or their dictionaries.
@@ -99,7 +118,7 @@ def concept_names(given: Any) -> tuple[str, ...]:
         SettingsError: a line that can't be read.
     """
     concepts = (_concept(line, "") for line in given_lines("concepts", given))
-    return distinct_lines("concepts", [c.text for c in concepts if c is not None])
+    return distinct_lines("concepts", [name for c in concepts if c is not None for name in c.names])
 
 
 def same_text(one: str, other: str) -> bool:
@@ -187,11 +206,12 @@ def line_warnings(concepts: Sequence[Concept], kind: str) -> list[str]:
     """
     warnings = []
     for concept in concepts:
-        several = [part.strip() for part in re.split(r"[,;|]", concept.text) if part.strip()]
+        several = [part.strip() for part in re.split(r"[,;]", concept.text) if part.strip()]
         if len(several) > 1:
             warnings.append(
                 f"{concept.text!r} is erased as one phrase. If you mean {len(several)} concepts, "
-                f"write each on a line of its own: {', '.join(map(repr, several))}."
+                f"write each on a line of its own: {', '.join(map(repr, several))}. If they are "
+                f"names of one: {' | '.join(several)}"
             )
         if concept.text.startswith("#") and (concept.kind or kind) != "tags":
             warnings.append(
@@ -225,10 +245,12 @@ def _shared_alternative(given: Any) -> str:
 
 def _concept(line: Any, alternative: str) -> Concept | None:
     if isinstance(line, Mapping):
-        line = Concept(**{key: line.get(key, "") for key in ("text", "alternative", "kind")})
+        texts = {key: line.get(key, "") for key in ("text", "alternative", "kind")}
+        line = Concept(**texts, also=tuple(line.get("also", ())))
+    also: list[str] = []
     if isinstance(line, Concept):
-        texts = (line.text, line.alternative, line.kind)
-        text, own, kind = (plain_text("concepts", given) for given in texts)
+        given = (line.text, line.alternative, line.kind, *line.also)
+        text, own, kind, *also = (plain_text("concepts", part) for part in given)
         parts = [*(part.strip() for part in text.split(ARROW)), *([own] if own else [])]
     else:
         text, kind = plain_text("concepts", line), ""
@@ -241,7 +263,9 @@ def _concept(line: Any, alternative: str) -> Concept | None:
             "concepts",
         )
     own = parts[1] if len(parts) == 2 else alternative
-    return Concept(parts[0], "" if own.casefold() in _NOTHING else own, kind)
+    first, *more = filter(None, (name.strip() for name in _BAR.split(parts[0])))
+    names = dict.fromkeys([*more, *filter(None, also)])
+    return Concept(first, "" if own.casefold() in _NOTHING else own, kind, tuple(names))
 
 
 def _check_concepts(concepts: Sequence[Concept]) -> None:
@@ -253,22 +277,27 @@ def _check_concepts(concepts: Sequence[Concept]) -> None:
                 f"{', '.join(KINDS)}.",
                 "kind",
             )
-        if same_text(concept.text, concept.alternative):
-            raise SettingsError(
-                f"The concept and what replaces it are the same: {concept.text!r}. Name something "
-                "else, or leave the replacement empty to remove the concept.",
-                "concepts",
-            )
-        if folded(concept.text) in seen:
-            raise SettingsError(
-                f"{concept.text!r} is named twice. Take one of the lines out.", "concepts"
-            )
-        seen[folded(concept.text)] = concept
+        for name in concept.names:
+            if same_text(name, concept.alternative):
+                raise SettingsError(
+                    f"The concept and what replaces it are the same: {name!r}. Name something "
+                    "else, or leave the replacement empty to remove the concept.",
+                    "concepts",
+                )
+            if folded(name) in seen:
+                raise SettingsError(f"{name!r} is named twice. Take one of them out.", "concepts")
+            seen[folded(name)] = concept
     for concept in concepts:
         if concept.alternative and folded(concept.alternative) in seen:
             raise SettingsError(
                 f"{concept.text!r} is to be replaced by {concept.alternative!r}, which is to be "
                 "erased itself. Name a replacement that stays.",
+                "concepts",
+            )
+        if _BAR.search(concept.alternative):
+            raise SettingsError(
+                f"{concept.text!r} is to be replaced by {concept.alternative!r}. Only what is "
+                "erased can have several names: name one replacement.",
                 "concepts",
             )
 

@@ -288,6 +288,12 @@ def test_the_report_names_exact_and_approximate_prompts():
     assert kinds == {True, False}
     text = report_text(record)
     assert "Kept 'a tree': exact" in text and ": approximate, drift" in text
+    approximate = [one for one in record["measures"]["kept"] if not one["exact"]]
+    assert text.count("isn't exact because beside it only") == len(approximate)
+    said = f"beside it only {approximate[0]['share_left']:.0%} of the edit would be left"
+    assert said in text and "use fewer words in it, or move it further up." in text
+    soft = run(form="soft", keep=keep[:1], steps=2)[-1].record
+    assert "isn't exact because" not in report_text(soft)
 
 
 def test_nan_is_said_and_ends_the_run():
@@ -463,3 +469,18 @@ def test_a_trials_gradient_check_stands_for_the_training_after_it(monkeypatch):
     record = run(steps=2, trial_steps=1)[-1].record
     assert record["steps_done"] == 2 and len(checked) == 1
     assert record["gradient_apart"] <= 0.025
+
+
+def test_all_names_of_a_concept_move_and_are_one_concept(tmp_path):
+    erasure = run(preset="instant", concepts="cat | kitten => dog", steps=None)[-1]
+    (concept,) = erasure.record["concepts"]
+    assert concept["also"] == ["kitten"] and erasure.concept == "cat"
+    assert "Erased cat or kitten (replaced by dog)" in report_text(erasure.record)
+    toy, edit = ToyDenoiser(), erasure.edit()
+    for text in ("a photo of a cat", "a photo of a kitten"):
+        named, other = (prompt.tokens for prompt in toy.encode([text, "a photo of a dog"]))
+        left = (named - other) @ toy.key.weight.T
+        gone = (named @ edit.bases["toy_attn2_to_k"]) @ edit.factors["toy_attn2_to_k"].T
+        assert (gone + left).norm() < 0.5 * left.norm(), text
+    erasure.save(tmp_path / "cats.safetensors")
+    assert Erasure.load(tmp_path / "cats.safetensors").record == erasure.record

@@ -13,6 +13,7 @@ from concept_surgery.erase_core.settings.texts import (
     MOST_LINES,
     Concept,
     concept_names,
+    concept_values,
     distinct_lines,
     parse_concepts,
 )
@@ -82,12 +83,63 @@ def test_half_of_a_character_is_refused_at_its_setting(name):
 
 @pytest.mark.parametrize(
     "text, several",
-    [("cat, pizza", "'cat', 'pizza'"), ("cat; pizza ;", "'cat', 'pizza'"), ("a|b", "'a', 'b'")],
+    [("cat, pizza", "'cat', 'pizza'"), ("cat; pizza ;", "'cat', 'pizza'")],
 )
 def test_several_concepts_on_a_line_are_warned_about(text, several):
     (warning,) = prompt_warnings(EraseSettings(concepts=text))
     assert "erased as one phrase. If you mean 2 concepts" in warning and several in warning
+    assert "If they are names of one: cat | pizza" in warning
     assert not prompt_warnings(EraseSettings(concepts="red car,\nVan Gogh"))
+
+
+@pytest.mark.parametrize(
+    "text, concept",
+    [
+        ("cat | kitten | tomcat => dog", Concept("cat", "dog", also=("kitten", "tomcat"))),
+        ("cat|kitten", Concept("cat", also=("kitten",))),
+        (" cat |  kitten  | ", Concept("cat", also=("kitten",))),
+        ("cat | kitten | kitten", Concept("cat", also=("kitten",))),
+        ("|_|", Concept("|_|")),
+        (":| => :)", Concept(":|", ":)")),
+    ],
+)
+def test_a_concept_may_have_several_names(text, concept):
+    assert parse_concepts(text) == (concept,)
+    assert parse_concepts([concept_values(concept)]) == (concept,)
+    assert parse_concepts(str(concept)) == (concept,)
+    assert concept.names == (concept.text, *concept.also)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("cat | kitten\nkitten", "'kitten' is named twice"),
+        ("cat | Cat", "'Cat' is named twice"),
+        ("cat | kitten => kitten", "what replaces it are the same: 'kitten'"),
+        ("cat | kitten => dog | puppy", "Only what is erased can have several names"),
+        ("dog => kitten\ncat | kitten", "replaced by 'kitten', which is to be erased itself"),
+    ],
+)
+def test_names_that_contradict_each_other_are_refused(text, words):
+    with pytest.raises(SettingsError, match=words) as refusal:
+        parse_concepts(text)
+    assert refusal.value.setting == "concepts"
+
+
+def test_every_name_stands_in_every_phrase_and_counts_as_erased():
+    settings = EraseSettings(concepts="cat | kitten => dog\npizza", templates="a {}\n{} here")
+    pairs = prompt_pairs(settings)
+    assert [pair.erased for pair in pairs[:4]] == ["a cat", "cat here", "a kitten", "kitten here"]
+    assert [pair.concept for pair in pairs] == [0] * 4 + [1] * 2
+    with pytest.raises(SettingsError, match="'kitten' stands under keep"):
+        prompt_pairs(EraseSettings(concepts="cat | kitten", keep=("kitten",)))
+    assert concept_names("cat | kitten => dog") == ("cat", "kitten")
+
+
+def test_a_concept_with_one_name_is_written_as_it_was_before_there_could_be_more():
+    one, two = (EraseSettings(concepts=text).as_dict()["concepts"] for text in ("cat", "cat | kit"))
+    assert one == [{"text": "cat", "alternative": "", "kind": ""}]
+    assert two == [{"text": "cat", "alternative": "", "kind": "", "also": ["kit"]}]
 
 
 def test_a_line_that_is_meant_to_be_left_out_is_warned_about():

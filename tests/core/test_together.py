@@ -22,7 +22,7 @@ from concept_surgery.erase_core.settings.prompts import (
     prompt_pairs,
     prompt_warnings,
 )
-from concept_surgery.erase_core.settings.texts import Concept, parse_concepts
+from concept_surgery.erase_core.settings.texts import Concept, concept_values, parse_concepts
 
 from .toy import ToyDenoiser
 
@@ -57,7 +57,7 @@ def cubism():
 
 def record(concepts="cat => dog", form="hard", family="SD1.x", **settings):
     """A record with no more than what is needed, as of an older version."""
-    named = [{"text": c.text, "alternative": c.alternative} for c in parse_concepts(concepts)]
+    named = [concept_values(c) for c in parse_concepts(concepts)]
     return {"family": family, "form": form, "concepts": named, "settings": settings}
 
 
@@ -290,3 +290,11 @@ def test_unknown_changes_are_not_made_up(cats, cubism):
     strange = copy.copy(cats)
     object.__setattr__(strange, "record", {**cats.record, "family": "Mochi"})
     assert changes_together([(strange, 1.0)], toy, toy.matrices()) is None
+
+
+def test_concepts_that_share_a_name_are_one_with_all_their_names():
+    first, second = record("cat | kitten => dog"), record("kitten | tomcat => dog\npizza")
+    joined = settings_together([first, second]).concepts
+    assert list(map(str, joined)) == ["cat | kitten | tomcat => dog", "pizza"]
+    with pytest.raises(SettingsError, match="'kitten' is erased twice with different ends"):
+        settings_together([first, record("kitten => fox")])
