@@ -30,3 +30,10 @@ class RememberingClip:
         if key not in self._known:
             self._known[key] = self._clip.encode_from_tokens(tokens, **options)
         return self._known[key]
+
+    def encode_from_tokens_scheduled(self, tokens: Any) -> Any:
+        """As the host does, for a sampler."""
+        key = repr((tokens, "scheduled"))
+        if key not in self._known:
+            self._known[key] = self._clip.encode_from_tokens_scheduled(tokens)
+        return self._known[key]
