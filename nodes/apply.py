@@ -14,6 +14,7 @@ from ..erase_core.artefact.formats import kohya_tensors
 from ..erase_core.artefact.stack import (
     EXACT,
     MERGE,
+    STRONGEST,
     AppliedErasure,
     applied_twice_problem,
     harm_text,
@@ -38,7 +39,6 @@ from .schema import CATEGORY, ErasureType, compatible
 from .stores import language_store
 
 MODES = (MERGE, EXACT)
-STRONGEST = 5.0
 ATTACHMENT = "concept_surgery_applied"
 
 

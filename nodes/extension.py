@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import ComfyExtension, io
 
 from .apply import ApplyErasure
+from .compare import CompareErasure
 from .files import LoadErasure, SaveErasure
 from .join import JoinErasures
 from .take_out import TakeConceptsOut
@@ -19,6 +20,7 @@ class ConceptSurgeryExtension(ComfyExtension):
         return [
             TrainErasure,
             ApplyErasure,
+            CompareErasure,
             JoinErasures,
             TakeConceptsOut,
             SaveErasure,

@@ -99,6 +99,24 @@ def apply(
     )
 
 
+def compare(
+    name: str = "compare",
+    *,
+    model: Output = ("loader", 0),
+    erasure: Output = ("load", 0),
+    clip: Output = ("loader", 1),
+    vae: Output = ("loader", 2),
+    **drawn: Any,
+) -> Graph:
+    """Compare without and with an erasure: sheet, before and after are its outputs 0, 1 and 2.
+
+    ``drawn`` are optional inputs, such as ``prompts`` or ``strengths``.
+    """
+    return node(
+        name, "ConceptSurgeryCompare", model=model, erasure=erasure, clip=clip, vae=vae, **drawn
+    )
+
+
 def prompt(name: str, text: str, *, clip: Output = ("loader", 1)) -> Graph:
     """A text as CONDITIONING."""
     return node(name, "CLIPTextEncode", text=text, clip=clip)

@@ -13,6 +13,7 @@ from ..settings.texts import same_text
 from .erasure import Erasure
 
 MERGE, EXACT = "merge", "exact"
+STRONGEST = 5.0  # strength, in either direction
 EXACT_FORM = "hard"
 WORST = 3
 

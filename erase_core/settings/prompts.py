@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .settings import EraseSettings
@@ -122,6 +123,14 @@ TEMPLATES = {
     "tags": TAG_TEMPLATES,
 }
 
+# The phrasing a person would try a concept with first.
+_PLAIN = {
+    "object": OBJECT_TEMPLATES[1],
+    "style": STYLE_TEMPLATES[1],
+    "person": PERSON_TEMPLATES[1],
+    "tags": TAG_TEMPLATES[0],
+}
+
 # What stands in a concept's place when nothing is asked for, a word longer each, so that what comes
 # after it keeps its place. A removal leads there (see ``encoded.py``).
 _FILLER_WORDS = {
@@ -148,6 +157,19 @@ def templates(settings: EraseSettings, concept: Concept) -> list[Template]:
         text, _, without = (part.strip() for part in line.partition(ARROW))
         own.append(Template(text, without))
     return own
+
+
+def plain_phrase(concept: str, kind: str, own: Sequence[str] = ()) -> str:
+    """A concept in a plain prompt: the first of a user's own phrases, else that of its kind.
+
+    Args:
+        concept: not empty.
+        kind: a key of :data:`TEMPLATES`; any other is read as an object.
+        own: the user's phrases, as the settings have them.
+    """
+    plain = _PLAIN.get(kind, _PLAIN["object"])
+    template = Template(own[0].partition(ARROW)[0].strip()) if own else plain
+    return template.fill(_bare(kind, concept))
 
 
 def prompt_pairs(settings: EraseSettings) -> list[PromptPair]:
@@ -247,7 +269,7 @@ _DETERMINERS = frozenset(
 _STYLE_AT_END = re.compile(r"\s+style(?=\s*(?::[-+.\s\d]*)?[)\]]*$)", re.IGNORECASE)
 # What a host reads as emphasis: brackets that aren't escaped, and a weight before the closing one.
 _EMPHASIS = re.compile(r"(?<!\\)[(\[]|(?::\s*[-+.\d][-+.\de]*\s*)?(?<!\\)[)\]]", re.IGNORECASE)
-_ARTICLE = re.compile(r"(?:an?|the)\s+(?=\S)")
+_ARTICLE = re.compile(r"^(?:an?|the)\s+(?=\S)")
 
 
 def _bare(kind: str, concept: str) -> str:

@@ -124,6 +124,22 @@ def test_the_name_of_a_concept_is_what_other_prompts_call_it(text, kind, name):
     assert those_naming([pair.erased], [name])
 
 
+@pytest.mark.parametrize(
+    "text, kind, name",
+    [
+        ("Van Gogh", "style", "Van Gogh"),
+        ("Van Gogh style", "style", "Van Gogh"),
+        ("pizza box", "object", "pizza box"),
+        ("a pizza box", "object", "pizza box"),
+        ("the lathe operator", "object", "lathe operator"),
+        ("an orange", "object", "orange"),
+    ],
+)
+def test_only_an_article_in_front_is_no_part_of_the_name(text, kind, name):
+    assert name_of(text, kind) == name
+    assert those_naming([f"a picture of {name}, framed"], [name_of(text, kind)])
+
+
 def test_prompts_that_name_it_are_not_protected_however_it_is_written():
     captions = ["a harbour in watercolor", "a (black:1.2) cat, asleep", "blue_hair, solo", "a boat"]
     for text, kind, expected in (

@@ -58,3 +58,10 @@ class RememberingClip:
             torch.save(self._clip.encode_from_tokens(tokens, **options), partial)
             partial.replace(path)
         return torch.load(path)
+
+    def encode_from_tokens_scheduled(self, tokens: Any) -> Any:
+        """As the host does, for a sampler."""
+        key = repr((tokens, "scheduled"))
+        if key not in self._known:
+            self._known[key] = self._clip.encode_from_tokens_scheduled(tokens)
+        return self._known[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import time
@@ -41,6 +42,7 @@ def test_the_nodes_are_there_with_tooltips_and_help(server):
     for name, title in {
         "ConceptSurgeryTrain": "Train Concept Erasure",
         "ConceptSurgeryApply": "Apply Erased UNet",
+        "ConceptSurgeryCompare": "Compare Erasure",
         "ConceptSurgeryJoin": "Join Erasures",
         "ConceptSurgeryTakeOut": "Take Concepts Out",
         "ConceptSurgerySave": "Save Erasure",
@@ -252,6 +254,23 @@ def test_example_workflows_fit_the_nodes(server):
             extra = widgets.count("seed")  # the front end adds what to do after a run
             assert len(node["widgets_values"]) == len(widgets) + extra, (path.name, node["type"])
             assert sockets <= set(specs)
-        for _, source, _, target, slot, kind in workflow["links"]:
-            assert source in nodes
+        for link, source, output, target, slot, kind in workflow["links"]:
+            assert link in nodes[source]["outputs"][output]["links"]
+            assert nodes[source]["outputs"][output]["type"] == kind
+            assert nodes[target]["inputs"][slot]["link"] == link
             assert nodes[target]["inputs"][slot]["type"] in (kind, "*")
+        assert workflow["last_link_id"] == max(link[0] for link in workflow["links"])
+        assert workflow["last_node_id"] == max(nodes)
+        for one, other in itertools.combinations(nodes.values(), 2):
+            assert apart(one, other), (path.name, one["type"], other["type"])
+
+
+def apart(one, other) -> bool:
+    """Whether two nodes of a workflow leave space for each other and their titles of 30 pixels."""
+    left, top, right, bottom = zip(*map(edges, (one, other)), strict=True)
+    return max(left) > min(right) or max(top) - 30 > min(bottom)
+
+
+def edges(node) -> tuple[float, float, float, float]:
+    (left, top), (width, height) = node["pos"], node["size"]
+    return left, top, left + width, top + height
