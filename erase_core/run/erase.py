@@ -87,8 +87,7 @@ def erase(
     start = Start(edit, _first(solved), _ridges(given, solved), others, held_out, sampled)
     trained = train_where_it_helps(given, start)
     measures = _measure(given, start, trained, ways, exact, heard)
-    collateral = others.report(trained.edit, given.prompts.subjects) if others else None
-    record = record_of(given, start, trained, exact, measures, collateral, heard)
+    record = record_of(given, start, trained, exact, measures, heard)
     erasure = Erasure.from_edit(trained.edit, record)
     if results is not None:
         results[key] = erasure

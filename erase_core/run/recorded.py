@@ -27,15 +27,12 @@ def record_of(
     trained: Trained,
     exact: ExactSet,
     measures: Mapping[str, Any],
-    collateral: Mapping[str, Any] | None,
     heard: Heard,
 ) -> Record:
-    """The record, which holds what is read again and more.
-
-    Args:
-        collateral: what else it changes, see :meth:`collateral.Others.report`.
-    """
+    """The record, which holds what is read again and more."""
     settings, edit, solution = given.settings, trained.edit, start.solution
+    subjects = given.prompts.subjects
+    collateral = start.others.report(edit, subjects) if start.others else None
     measures = _with_collateral(measures, collateral, start.held_out is not None)
     found: dict[str, Any] = {
         "version": VERSION,

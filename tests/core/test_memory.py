@@ -165,13 +165,13 @@ def device(monkeypatch):
 
 
 def test_memory_that_runs_out_halves_the_batch_then_recomputes_then_advises(device, trainers):
-    whole = run(DeepToy(), batch=4)[-1]
+    whole = run(DeepToy(), batch=4, steps=3)[-1]
     needs = {fit: peak(trainers[0], fit, 4) for fit in (Fit(), Fit(2), Fit(4), Fit(4, True))}
     assert sorted(needs.values(), reverse=True) == list(needs.values())
     fits = list(needs)
     for fit, wanted in zip(fits, (0, 1, 2, 3), strict=True):
         device.size, device.failures = 1.02 * needs[fit], 0
-        finished = run(DeepToy(), batch=4)[-1]
+        finished = run(DeepToy(), batch=4, steps=3)[-1]
         memory = finished.record["memory"]
         assert trainers[-1].fit == fit
         assert device.failures == memory["ran_out"] == wanted
@@ -179,7 +179,7 @@ def test_memory_that_runs_out_halves_the_batch_then_recomputes_then_advises(devi
         assert finished.record["losses"] == pytest.approx(whole.record["losses"], rel=1e-3)
     device.size = 0.9 * needs[Fit(4, True)]
     with pytest.raises(TrainingError, match="not enough memory to train, even one picture"):
-        run(DeepToy(), batch=4)
+        run(DeepToy(), batch=4, steps=3)
 
 
 @pytest.mark.parametrize("when", ["Checking the gradient", "Training, step 2 of 6"])

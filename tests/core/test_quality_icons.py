@@ -22,6 +22,12 @@ def model() -> IconsModel:
     return IconsModel()
 
 
+@pytest.fixture(scope="module")
+def language() -> dict:
+    """What was read of ordinary language, once for all cases."""
+    return {}
+
+
 def asked_for(things: list[str]) -> list[str]:
     return [fill(PHRASES[n % len(PHRASES)], thing) for n, thing in enumerate(things)]
 
@@ -35,11 +41,13 @@ def right(model: IconsModel, things: list[str], edit=None) -> np.ndarray:  # typ
 
 
 @pytest.mark.parametrize("concepts", ["cheese", "taxi => fire truck"])
-def test_the_concept_goes_and_the_rest_stays(model: IconsModel, concepts: str) -> None:
+def test_the_concept_goes_and_the_rest_stays(
+    model: IconsModel, language: dict, concepts: str
+) -> None:
     """Over five seeds of noise all of it was gone and all of the others stayed, in each case."""
     settings = preset_settings("instant", concepts=concepts)
     with model.denoiser() as denoiser:
-        last = erase(settings, denoiser)
+        last = erase(settings, denoiser, language)
     concept, spoken = settings.concepts[0], set(concepts.split())
     unnamed = [name for name in THING_NAMES if not spoken & set(name.split())]
     things = [concept.text] * PICTURES + unnamed[:: len(unnamed) // OTHERS][:OTHERS]

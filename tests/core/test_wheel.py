@@ -15,14 +15,7 @@ from tools.environment import ROOT
 
 CORE = ROOT / "tests" / "core"
 # What is run of the core's tests; all of them with WHEEL_TESTS=1, which takes two minutes more.
-SOME = {
-    "test_adapter",
-    "test_erasure",
-    "test_formats",
-    "test_guidance",
-    "test_pooled",
-    "test_record",
-}
+SOME = {"test_erasure", "test_formats", "test_guidance", "test_record"}
 ALL = os.environ.get("WHEEL_TESTS") == "1"
 
 

@@ -16,7 +16,7 @@ from .test_families import relative_change
 from .test_unnamed import KEPT, check_a_twentieth, train
 
 # Keys and values of many layers have farther to go than the one matrix of SD3 and Flux.
-SETTINGS = {"captions": 80, "trajectories": 8, "resolution": 32}
+SETTINGS = {"captions": 60, "trajectories": 8, "resolution": 32}
 
 
 @pytest.fixture(scope="module")
