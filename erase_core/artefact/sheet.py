@@ -112,7 +112,9 @@ def kind_of(text: str, record: Mapping[str, Any]) -> str:
         return KEPT
     # By its words alone, and as it was typed.
     names = [
-        name for concept, kind in _concepts(record) for name in (name_of(concept, kind), concept)
+        name
+        for concept, kind in _concepts(record, every_name=True)
+        for name in (name_of(concept, kind), concept)
     ]
     return ERASED if names and those_naming([text], names) else UNNAMED
 
@@ -148,13 +150,17 @@ def _unnamed(record: Mapping[str, Any], own: Sequence[str]) -> list[str]:
     return [plain_phrase(word, kind, own) for word in words]
 
 
-def _concepts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Text and kind of each concept that can be read; a file may hold anything as text."""
+def _concepts(record: Mapping[str, Any], every_name: bool = False) -> list[tuple[str, str]]:
+    """Text and kind of each concept that can be read; a file may hold anything as text.
+
+    Args:
+        every_name: whether its other names are given, too.
+    """
     default = record["settings"].get("kind") or "object"
     return [
         (text, concept.get("kind") or default)
         for concept in record["concepts"]
-        for text in _readable([concept["text"]])
+        for text in _readable([concept["text"], *(concept.get("also", ()) if every_name else ())])
     ]
 
 

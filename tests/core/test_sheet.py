@@ -310,3 +310,13 @@ def test_words_stay_whole_where_they_fit():
     assert wrapped("a cat in the rain", 8, 5, len) == ["a cat in", "the rain"]
     assert wrapped("a cat in the rain", 8, 1, len) == ["a cat i…"]
     assert wrapped("", 8, 1, len) == []
+
+
+def test_a_prompt_with_another_name_of_a_concept_is_erased_too():
+    record = {
+        "concepts": [{"text": "car", "also": ["automobile"]}],
+        "settings": {"kind": "object"},
+        "measures": {"kept": [], "negative_prompts": []},
+    }
+    kinds = [kind_of(text, record) for text in ("an automobile", "two cars", "a bus")]
+    assert kinds == [ERASED, ERASED, UNNAMED]
