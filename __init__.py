@@ -11,6 +11,9 @@ async def comfy_entrypoint():
 
     from .nodes import ConceptSurgeryExtension
     from .nodes.refusals import install
+    from .nodes.routes import add_routes
 
-    install(getattr(PromptServer, "instance", None))
+    server = getattr(PromptServer, "instance", None)
+    install(server)
+    add_routes(server)
     return ConceptSurgeryExtension()

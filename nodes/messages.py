@@ -67,6 +67,50 @@ def show_progress_text(stage: str, loss: float | None, node_id: str | None) -> N
     _send_text(stage if loss is None else f"{stage}, loss {loss:.3f}", node_id)
 
 
+def clear_progress_text(node_id: str | None) -> None:
+    """Nothing under the node any more: a run has ended, however it did."""
+    _send_text("", node_id)
+
+
+def send_event(name: str, data: Mapping[str, Any], client_id: str | None) -> None:
+    """An event of our own to the page that queued a graph, with all of its texts made safe.
+
+    Args:
+        client_id: of the page; None sends it to nobody.
+    """
+    if client_id is None:
+        return
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.send_sync(shown(name), all_shown(data), client_id)
+
+
+def all_shown(value: Any) -> Any:
+    """Plain JSON values with every text as a front end may show it."""
+    if isinstance(value, str):
+        return shown(value)
+    if isinstance(value, Mapping):
+        return {key: all_shown(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [all_shown(item) for item in value]
+    return value
+
+
+def where_it_runs() -> tuple[str | None, str | None]:
+    """The ids of the queued graph that the host runs, and of the page that queued it."""
+    from server import PromptServer
+
+    client_id = getattr(getattr(PromptServer, "instance", None), "client_id", None)
+    try:
+        from comfy_execution.utils import get_executing_context
+    except ImportError:
+        return None, client_id
+    context = get_executing_context()
+    return getattr(context, "prompt_id", None), client_id
+
+
 def upstream_file(prompt: Mapping[str, Any] | None, node_id: str | None, name: str) -> str:
     """File name of the model that reaches a node's input, read from the graph; "" if unknown.
 
