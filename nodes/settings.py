@@ -12,8 +12,8 @@ from ..erase_core.artefact.identity import REUSE
 from ..erase_core.settings.families import Family, generic
 from ..erase_core.settings.layers import LAYER_RULES
 from ..erase_core.settings.settings import FORMS, NULL_SCORES
-from ..erase_core.settings.texts import label, parse_concepts
-from .refusals import check_choice, refusal, sent_values
+from ..erase_core.settings.texts import label, parse_concepts, refuse_unfinished
+from .refusals import check_choice
 from .schema import CATEGORY, SettingsType, compatible
 
 AS_PRESET = -1
@@ -25,7 +25,11 @@ _OPTIONAL = {"optional": True}
 
 
 class ErasureSettings(io.ComfyNode):
-    """Expert values in, one wire for Train Concept Erasure out."""
+    """Expert values in, one wire for Train Concept Erasure out.
+
+    What can't work is refused by that node, which knows what it is wanted for, and said at the
+    input here that is wrong. The host checks the range of each number.
+    """
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -54,19 +58,6 @@ class ErasureSettings(io.ComfyNode):
             outputs=[SettingsType.Output("settings", display_name="SETTINGS")],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, templates: str | None = None) -> bool | str:
-        """Refuse what can't work in any run; the host checks the range of each number.
-
-        It is told once, as the host repeats it for each input that is named here.
-        """
-        given = sent_values(cls) or {"templates": templates}
-        try:
-            refuse_impossible(expert_values(given))
-        except SettingsError as error:
-            return refusal(error, cls, told_at="templates")
-        return True
 
     @classmethod
     def execute(cls, **values: Any) -> io.NodeOutput:
@@ -105,6 +96,8 @@ def settings_from_widgets(
     """
     for name, choices in (("model_type", MODEL_TYPES), ("stored_result", REUSE)):
         check_choice(name, widgets.get(name, choices[0]), choices)
+    if not widgets.get("replace_with"):  # else a bare arrow excepts its line from that
+        refuse_unfinished(widgets.get("erase"))
     numbers = {
         name: None if _is(AS_PRESET, widgets.get(name, AS_PRESET)) else widgets[name]
         for name in (
