@@ -6,7 +6,7 @@ import contextlib
 import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -283,7 +283,7 @@ class WebuiDenoiser(Denoiser):
     def _twin(self) -> nn.Module:
         with torch.inference_mode():
             self._load()
-        twin = twin_network(self.network, _shared_things)
+        twin = twin_network(self.network, _shared_things).eval()
         for module in twin.modules():
             # Host's LoRA code looks for its layers by this name.
             vars(module).pop("network_layer_name", None)
@@ -296,9 +296,36 @@ class WebuiDenoiser(Denoiser):
     @functools.cached_property
     def _side_path(self) -> LowRankSidePath:
         layers = {name: self._twin.get_submodule(path) for name, path in self._paths.items()}
-        side_path = LowRankSidePath(layers)
+        precise = {name: _Precise(layer) for name, layer in layers.items()}
+        side_path = LowRankSidePath(cast("Mapping[str, nn.Module]", precise))
         self._stack.callback(side_path.remove)
         return side_path
+
+
+class _Precise:
+    """A layer whose hooks run outside of autocast.
+
+    Some of these hosts sample in autocast, which would round R and B: exact prompts would move.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def register_forward_hook(self, hook: Callable[..., Tensor | None]) -> Any:
+        def precise(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if not _in_autocast(output.device.type):
+                return hook(layer, inputs, output)
+            with torch.autocast(output.device.type, enabled=False):
+                return hook(layer, inputs, output)
+
+        return self._layer.register_forward_hook(precise)
+
+
+def _in_autocast(device_type: str) -> bool:
+    available = getattr(torch.amp, "is_autocast_available", None)
+    if available is None:  # before PyTorch 2.4, whose functions ask for no device
+        return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
+    return available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def checkpoint_name(sd_model: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,18 +105,10 @@ def side_path_hook(name: str, active: Active) -> Callable[..., Tensor | None]:
         factor = None if edit is None else edit.factors.get(name)
         if edit is None or factor is None:
             return None
-        with _full_precision(output.device):
-            projected = projections.project(inputs[0], edit.bases[name])
-            return (output + projected @ factor.T).to(output.dtype)
+        projected = projections.project(inputs[0], edit.bases[name])
+        return (output + projected @ factor.T).to(output.dtype)
 
     return add
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Hosts that sample in autocast would round R and B, and exact prompts would move."""
-    if torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled():
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 class LowRankSidePath:
