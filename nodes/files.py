@@ -12,8 +12,9 @@ from ..erase_core import Erasure, ErasureFileError, SettingsError
 from ..erase_core.artefact.formats import KOHYA, NAMINGS
 from ..erase_core.artefact.report import report_text
 from ..erase_core.artefact.saving import checked_name, place_inside, save_erasure
+from ..erase_core.settings.widgets import check_choice
 from .messages import id_of, preview, show_progress_text, shown
-from .refusals import check_choice, refusal
+from .refusals import refusal
 from .schema import CATEGORY, ErasureType, compatible
 
 FOLDER = "loras"

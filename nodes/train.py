@@ -12,6 +12,7 @@ from ..erase_core import KINDS, PRESETS, Erasure
 from ..erase_core.artefact.identity import REUSE, USE_IF_THERE
 from ..erase_core.settings.prompts import prompt_pairs
 from ..erase_core.settings.texts import SettingsError, label
+from ..erase_core.settings.widgets import MODEL_TYPES
 from .families import trainable_family
 from .refusals import (
     is_link,
@@ -25,7 +26,6 @@ from .runs import refuse_without_clip, report_of, run_to_end
 from .schema import CATEGORY, ErasureType, SettingsType, compatible
 from .settings import (
     EXPERT,
-    MODEL_TYPES,
     TITLE,
     expert_values,
     refuse_impossible,
