@@ -11,11 +11,12 @@ from ..erase_core import KINDS, PRESETS, Erasure
 from ..erase_core.artefact.identity import REUSE, USE_IF_THERE
 from ..erase_core.settings.prompts import prompt_pairs
 from ..erase_core.settings.texts import SettingsError
+from ..erase_core.settings.widgets import MODEL_TYPES
 from .families import trainable_family
 from .refusals import Place, is_link, refusal, sent_behind, sent_values, unwrapped
 from .runs import refuse_without_clip, report_of, run_to_end
 from .schema import CATEGORY, ErasureType, SettingsType, compatible
-from .settings import EXPERT, MODEL_TYPES, TITLE, expert_values, settings_from_widgets
+from .settings import EXPERT, TITLE, expert_values, settings_from_widgets
 
 LINKED = "concept from a link"  # stands for a concept that isn't known yet
 # What people call it, and the methods that it stands among.
