@@ -173,6 +173,7 @@ class _RecordOptional(TypedDict, total=False):
     others: OthersRecord | None
     training: str
     pooled_left_out: bool
+    diffusers_layers: list[str]
 
 
 class Record(_RecordOptional):
