@@ -9,11 +9,10 @@ async def comfy_entrypoint():
     """Called by ComfyUI when it loads the pack. Nothing of the host is imported before."""
     from server import PromptServer
 
-    from .nodes import ConceptSurgeryExtension
-    from .nodes.refusals import install
-    from .nodes.routes import add_routes
+    from .nodes import ConceptSurgeryExtension, downstream, refusals, routes
 
     server = getattr(PromptServer, "instance", None)
-    install(server)
-    add_routes(server)
+    refusals.install(server)
+    downstream.install(server)
+    routes.add_routes(server)
     return ConceptSurgeryExtension()

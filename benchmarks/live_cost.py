@@ -26,7 +26,7 @@ from concept_surgery.erase_core.run.meter import CurvePoint  # isort: skip
 from concept_surgery.erase_core.run.plan import trajectory_counts  # isort: skip
 from concept_surgery.erase_core.run.trainer import SurgeryTrainer  # isort: skip
 from concept_surgery.nodes.live import EVENT_SECONDS, PICTURE_SECONDS, LiveRun  # isort: skip
-from concept_surgery.nodes.pictures import Previewer  # isort: skip
+from concept_surgery.nodes.previews import Previewer  # isort: skip
 
 RESULT = Path(__file__).parent / "results" / "live_cost.json"
 STEPS, TIMES = 6, 20

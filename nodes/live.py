@@ -19,7 +19,7 @@ from ..erase_core import EraseSettings, Erasure, Meter, Preview, Progress
 from ..erase_core.run.meter import DRAWN, ERASED, KEPT
 from ..erase_core.run.recorded import thinned
 from .messages import send_event, shown
-from .pictures import Previewer
+from .previews import Previewer
 from .stores import picture_store
 
 EVENT = "concept_surgery.run"  # what the front end listens to

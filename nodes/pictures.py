@@ -1,54 +1,41 @@
-"""Small pictures of latents, by the host's own previewer."""
+"""A small picture for a file, written with the host's Pillow."""
 
 from __future__ import annotations
 
-import latent_preview
-import numpy
-import torch
+import io
+from typing import Any
+
 from torch import Tensor
 
-LARGEST = 128  # pixels of a side
+LONGEST_SIDE = 512  # pixels: lists show it far smaller
 
 
-class Previewer:
-    """Makes small pictures of latents.
-
-    With the previewer that the host was started with; where it shows no previews, with the one
-    that costs nothing, if the model's latents have one.
+def small_png(images: Any, key: str, text: str) -> bytes:
+    """The first of a batch of pictures as a small PNG with a text in it.
 
     Args:
-        model: the host's MODEL.
+        images: (n, height, width, channels) from 0 to 1, as the host hands IMAGE on.
+        key: the name that the text has in the file.
+
+    Raises:
+        ValueError: no picture.
     """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
-    def __init__(self, model) -> None:
-        self._model = model
-        self._previewer = None
-        self._asked = False
-
-    def picture(self, latent: Tensor) -> Tensor | None:
-        """A picture (height, width, 3) of bytes; None where the host can't make one.
-
-        Args:
-            latent: (channels, height, width) in the model's scale.
-        """
-        if not self._asked:
-            self._asked, self._previewer = True, _previewer_of(self._model)
-        if self._previewer is None:
-            return None
-        with torch.inference_mode():
-            asked = latent[None].to(self._model.load_device)
-            picture = self._previewer.decode_latent_to_preview(asked)
-        picture = picture.convert("RGB")
-        picture.thumbnail((LARGEST, LARGEST))
-        return torch.from_numpy(numpy.array(picture))
-
-
-def _previewer_of(model):
-    latent_format = model.model.latent_format
-    previewer = latent_preview.get_previewer(model.load_device, latent_format)
-    factors = getattr(latent_format, "latent_rgb_factors", None)
-    if previewer is not None or factors is None:
-        return previewer
-    more = ("latent_rgb_factors_bias", "latent_rgb_factors_reshape")
-    given = [getattr(latent_format, name) for name in more if hasattr(latent_format, name)]
-    return latent_preview.Latent2RGBPreviewer(factors, *given)
+    if not isinstance(images, Tensor) or images.ndim != 4 or 0 in images.shape:
+        raise ValueError(
+            "'picture' brought no picture. Connect an IMAGE, such as the sheet of Compare "
+            "Erasure, or nothing."
+        )
+    first = images[0, ..., :3].detach().float().cpu().nan_to_num().clamp(0, 1)
+    if first.shape[-1] < 3:  # grey
+        first = first[..., :1].expand(-1, -1, 3)
+    values = (first * 255).round().byte().contiguous().numpy()
+    picture = Image.frombytes("RGB", (values.shape[1], values.shape[0]), values.tobytes())
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    info = PngInfo()
+    info.add_text(key, text)
+    file = io.BytesIO()
+    picture.save(file, "PNG", pnginfo=info, optimize=True)
+    return file.getvalue()

@@ -27,7 +27,7 @@ from .messages import (
     warn_all,
     where_it_runs,
 )
-from .pictures import Previewer
+from .previews import Previewer
 from .stores import language_store, result_store, unfinished_store
 
 BAR = 1000  # length of the host's bar

@@ -9,6 +9,7 @@ const WIDGET = "concept_surgery_run";
 const UNSEEN = /\u2060/g; // what the server puts into texts so that nothing is read as markup
 const views = new WeakMap(); // of nodes
 const LEAST_HEIGHT = 16;
+let rebuilt = false; // once the connection was there
 
 /** The node that the server calls by an id like "3" or, in subgraphs, "12:3". */
 function nodeOf(id) {
@@ -108,8 +109,8 @@ app.registerExtension({
     });
     // The connection may be there only after the graph.
     api.addEventListener("status", () => {
-      if (views.rebuilt || !api.clientId) return;
-      views.rebuilt = true;
+      if (rebuilt || !api.clientId) return;
+      rebuilt = true;
       rebuild().catch((error) => console.warn("Concept Surgery:", error));
     });
   },
