@@ -68,7 +68,7 @@ class LiveRun:
         self._encoded: dict[str, str] = {}
         self._picture_at: dict[str, float] = {}
         self._sent_at = 0.0
-        self._pictures_changed = False
+        self._pictures_changed = True  # none, instead of those of the run before
 
     def __enter__(self) -> LiveRun:
         remember(self)

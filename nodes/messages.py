@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,12 +79,8 @@ def send_event(name: str, data: Mapping[str, Any], client_id: str | None) -> Non
     Args:
         client_id: of the page; None sends it to nobody.
     """
-    if client_id is None:
-        return
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
-    if server is not None:
+    server = _running_server()
+    if client_id is not None and server is not None:
         server.send_sync(shown(name), all_shown(data), client_id)
 
 
@@ -100,15 +97,18 @@ def all_shown(value: Any) -> Any:
 
 def where_it_runs() -> tuple[str | None, str | None]:
     """The ids of the queued graph that the host runs, and of the page that queued it."""
-    from server import PromptServer
-
-    client_id = getattr(getattr(PromptServer, "instance", None), "client_id", None)
+    client_id = getattr(_running_server(), "client_id", None)
     try:
         from comfy_execution.utils import get_executing_context
     except ImportError:
         return None, client_id
     context = get_executing_context()
     return getattr(context, "prompt_id", None), client_id
+
+
+def _running_server() -> Any:
+    """The host's web server; None where nodes are called from Python, without one."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def upstream_file(prompt: Mapping[str, Any] | None, node_id: str | None, name: str) -> str:

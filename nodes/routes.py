@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .live import runs_of, stop_runs
+from .messages import all_shown
 
 LONGEST = 200  # letters of an id
 IDS = ("client_id", "prompt_id", "node")
@@ -43,7 +44,7 @@ def add_routes(server: Any) -> None:
     @routes.get("/concept_surgery/runs")
     async def runs(request: Any) -> Any:
         client = request.query.get("client_id")
-        found = [run.snapshot() for run in runs_of(client)] if client else []
+        found = [all_shown(run.snapshot()) for run in runs_of(client)] if client else []
         return web.json_response({"runs": found})
 
 
