@@ -159,9 +159,11 @@ export class LiveView {
     this.pictures.style.display = figures.length ? "flex" : "none";
   }
 
-  /** Pixels that all of it needs. */
+  /** Pixels that all of it needs, however many it is given. */
   height() {
-    return this.empty ? 0 : this.element.scrollHeight || 40;
+    const shown = [...this.element.children].filter((child) => child.style.display !== "none");
+    const inner = shown.reduce((sum, child) => sum + (child.offsetHeight ?? HEIGHT), 0);
+    return Math.max(40, inner + 6 * Math.max(0, shown.length - 1) + 12);
   }
 }
 
