@@ -8,6 +8,7 @@ from .apply import ApplyErasure
 from .compare import CompareErasure
 from .files import LoadErasure, SaveErasure
 from .join import JoinErasures
+from .purify import PurifyImage
 from .settings import ErasureSettings
 from .take_out import TakeConceptsOut
 from .train import TrainErasure
@@ -23,6 +24,7 @@ class ConceptSurgeryExtension(ComfyExtension):
             ErasureSettings,
             ApplyErasure,
             CompareErasure,
+            PurifyImage,
             JoinErasures,
             TakeConceptsOut,
             SaveErasure,
