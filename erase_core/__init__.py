@@ -1,7 +1,10 @@
 """Concept erasure for text-to-image diffusion models: the science, free of any host."""
 
 from .artefact.erasure import Erasure, ErasureFileError
+from .artefact.markdown import report_markdown
+from .artefact.numbers import report_numbers
 from .artefact.report import report_text
+from .artefact.verdict import verdict
 from .method.subspace import SubspaceError
 from .model.denoiser import Denoiser
 from .model.gradient import GradientError
@@ -26,5 +29,8 @@ __all__ = [
     "TrainingError",
     "erase",
     "preset_settings",
+    "report_markdown",
+    "report_numbers",
     "report_text",
+    "verdict",
 ]
