@@ -26,10 +26,11 @@ from ..erase_core.artefact.saving import (
     planned_path,
     save_erasure,
 )
+from ..erase_core.settings.widgets import check_choice
 from .messages import id_of, preview, show_progress_text, shown, warn_all
 from .names import filled, is_open
 from .pictures import small_png
-from .refusals import check_choice, refusal
+from .refusals import refusal
 from .schema import CATEGORY, ErasureType, compatible
 
 FOLDER = "loras"

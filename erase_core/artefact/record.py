@@ -173,6 +173,8 @@ class _RecordOptional(TypedDict, total=False):
     others: OthersRecord | None
     training: str
     pooled_left_out: bool
+    curve: list[list[float | None]]
+    diffusers_layers: list[str]
 
 
 class Record(_RecordOptional):
