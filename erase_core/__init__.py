@@ -9,20 +9,33 @@ from .method.subspace import SubspaceError
 from .model.denoiser import Denoiser
 from .model.gradient import GradientError
 from .run.erase import erase
-from .run.meter import Meter, PredictionError, Progress, TrainingError
+from .run.meter import (
+    CurvePoint,
+    Meter,
+    NothingLearnedError,
+    PredictionError,
+    Preview,
+    Progress,
+    TrainingError,
+)
+from .run.resume import NothingToResumeError
 from .settings.settings import PRESETS, EraseSettings, preset_settings
 from .settings.texts import KINDS, SettingsError
 
 __all__ = [
     "KINDS",
     "PRESETS",
+    "CurvePoint",
     "Denoiser",
     "EraseSettings",
     "Erasure",
     "ErasureFileError",
     "GradientError",
     "Meter",
+    "NothingLearnedError",
+    "NothingToResumeError",
     "PredictionError",
+    "Preview",
     "Progress",
     "SettingsError",
     "SubspaceError",

@@ -229,7 +229,10 @@ def note_lines(record: Mapping[str, Any]) -> list[str]:
             f"learned until then. {record['ended_by']}"
         )
     elif record["stopped_early"]:
-        lines.append(f"Stopped early, after {record['steps_done']} steps.")
+        lines.append(
+            f"Stopped early, after {record['steps_done']} steps of {settings['steps']}, and kept "
+            "what was learned until then."
+        )
     if settings["eta"] > 0:
         lines.append(
             f"eta is {settings['eta']:g}: naming the concept in a negative prompt now "
