@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tools.environment import HOST
 
@@ -89,6 +90,13 @@ class FakeHost:
         if self.kind == "a1111":
             return model.model.diffusion_model
         return model.forge_objects_original.unet.model.diffusion_model
+
+    def hashes_of_bytes(self) -> list[int]:
+        """The same for weights of types that numpy doesn't know."""
+        return [
+            hash(bytes(w.detach().flatten().view(torch.uint8).numpy()))
+            for w in self.network.parameters()
+        ]
 
     def hashes(self) -> dict[str, int]:
         """What the network holds, and how."""
