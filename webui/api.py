@@ -11,7 +11,7 @@ from ..erase_core.artefact.numbers import report_numbers
 from ..erase_core.artefact.report import report_text
 from . import loras
 from .accordion import EVERYWHERE
-from .jobs import JOBS, Job, NoSuchJobError
+from .jobs import DONE, JOBS, Job, NoSuchJobError
 
 PREFIX = "/concept-surgery/v1"
 
@@ -121,7 +121,7 @@ def described(one: Job) -> dict[str, Any]:
     if progress is not None:
         told = {
             "stage": progress.stage,
-            "share": progress.share,
+            "share": 1.0 if one.state == DONE else progress.share,
             "step": progress.step,
             "steps": progress.steps,
             "loss": progress.loss,

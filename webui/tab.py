@@ -47,8 +47,9 @@ def build() -> gr.Blocks:
         _at_once(train, start, given, shows)
         _at_once(watch, follow_latest, [], shows)
         quietly: dict[str, Any] = {"show_progress": "hidden"}
-        stop.click(stop_job, [number], [seen["status"]], **quietly)
-        cancel.click(cancel_job, [number], [seen["status"]], **quietly)
+        # Not behind what Gradio has in its queue: that may be what is to stop.
+        stop.click(stop_job, [number], [seen["status"]], queue=False, **quietly)
+        cancel.click(cancel_job, [number], [seen["status"]], queue=False, **quietly)
         saving = [kept["tag"], kept["saved"]]
         kept["save"].click(save_job, [number, kept["filename"]], saving, **quietly)
         _at_once(
