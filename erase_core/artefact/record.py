@@ -174,6 +174,7 @@ class _RecordOptional(TypedDict, total=False):
     training: str
     pooled_left_out: bool
     diffusers_layers: list[str]
+    curve: list[list[float | None]]
 
 
 class Record(_RecordOptional):
