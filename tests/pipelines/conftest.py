@@ -51,6 +51,10 @@ from . import small  # noqa: E402
 
 # What nothing that is asked about here depends on.
 QUICK = {"captions": 8, "trajectories": 2, "sampling_steps": 3, "resolution": 64, "progress": False}
+QUICK["templates"] = ("a photo of {}",)
+at_length = pytest.mark.skipif(
+    os.environ.get("PIPELINE_TESTS") != "1", reason="PIPELINE_TESTS=1 runs it, in minutes"
+)
 
 
 @pytest.fixture(scope="session")

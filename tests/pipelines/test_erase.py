@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from concept_surgery.erase_core import Erasure as CoreErasure
@@ -12,15 +10,12 @@ from concept_surgery.erase_core.artefact.stack import STRONGEST
 from concept_surgery.pipelines import Erasure, ErasureFileError, PipelineError, erase
 from concept_surgery.pipelines.adapter import PipelineDenoiser
 
-from .conftest import QUICK
+from .conftest import QUICK, at_length
 from .small import PIPELINES, latents, state_of
 
-# Families that the closed form works on; the first is in every run of the tests.
+# Families that the closed form works on, and those that are trained in the soft form.
 EXACT = ("SDXL", "SD3", "Flux")
 OTHERS = ("PixArt", "Sana", "Lumina2", "AuraFlow", "QwenImage")
-needs_families = pytest.mark.skipif(
-    os.environ.get("PIPELINE_FAMILIES") != "1", reason="PIPELINE_FAMILIES=1 runs it, in minutes"
-)
 
 
 def test_an_erasure_is_applied_beside_the_weights_and_taken_off_again(sd1, finished):
@@ -67,18 +62,22 @@ def test_merged_shares_all_but_what_it_changes(sd1, finished):
 
 
 def test_the_file_is_what_the_pipelines_own_loader_takes(sd1, finished, tmp_path):
-    path = tmp_path / "no_cat.safetensors"
+    path, pipe = tmp_path / "no_cat.safetensors", finished.merged(sd1, 0)
     finished.save(str(path))
     assert Erasure.load(path).identity == finished.identity
-    before = latents(sd1)
-    with finished.applied(sd1):
-        ours = latents(sd1)
-    sd1.load_lora_weights(str(path))
-    with pytest.raises(PipelineError, match="a LoRA loader"):
-        finished.applied(sd1)
-    theirs = latents(sd1)
-    sd1.unload_lora_weights()
+    before = latents(pipe)
+    with finished.applied(pipe):
+        ours = latents(pipe)
+    pipe.load_lora_weights(str(path))
+    with pytest.raises(PipelineError, match="LoRA loader"):
+        finished.applied(pipe)
+    theirs = latents(pipe)
     assert (theirs - ours).norm() < 1e-4 * (ours - before).norm()
+    with pytest.raises(PipelineError, match="LoRAs are loaded into it"):
+        erase(pipe, "dog", preset="instant", **QUICK)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert erase(pipe, "tree", preset="instant", **QUICK).factors  # on what is in the weights now
 
 
 def test_nothing_is_written_over_unless_told(finished, tmp_path):
@@ -118,11 +117,12 @@ def test_training_leaves_the_pipeline_as_it_was(sd1):
     assert state_of(sd1) == before and torch.random.get_rng_state().equal(state)
     assert erasure.record["gradient_apart"] < 0.01 and erasure.record["steps_done"] == 2
     assert erasure.record["measures"]["null_drift"] < 1e-5
-    sd1.unet.requires_grad_(True).eval()
     with pytest.raises(KeyboardInterrupt):
         erase(sd1, "cat", steps=2, meter=Meter(_interrupt_at("Training")), **QUICK)
     with torch.inference_mode():  # as notebooks have it
         assert erase(sd1, "cat", preset="instant", **QUICK).factors
+    assert state_of(sd1) == before
+    sd1.unet.eval()
 
 
 def _interrupt_at(stage: str):
@@ -176,12 +176,11 @@ def test_blocks_are_checkpointed(sd1):
     assert len(ran) > 3 and checked.equal(plain)
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_families_are_exact_and_load_in_their_own_pipelines(name, tokenizers, tmp_path):
-    _check_family(name, tokenizers, tmp_path, steps=1)
+def test_sdxl_is_exact_and_loads_in_its_own_pipeline(tokenizers, tmp_path):
+    _check_family("SDXL", tokenizers, tmp_path, steps=1)
 
 
-@needs_families
+@at_length
 @pytest.mark.parametrize("name", EXACT + OTHERS)
 def test_families_at_length(name, tokenizers, tmp_path):
     _check_family(name, tokenizers, tmp_path, steps=6, keep=["a tiger"], captions=24)
@@ -189,6 +188,7 @@ def test_families_at_length(name, tokenizers, tmp_path):
 
 def _check_family(name, tokenizers, tmp_path, **settings):
     pipe, path = PIPELINES[name](tokenizers), tmp_path / "a.safetensors"
+    latents(pipe)  # transformers puts marks on an encoder when it is first used
     before = state_of(pipe)
     erasure = erase(pipe, "cat", "dog", **{**QUICK, **settings})
     assert state_of(pipe) == before
