@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from . import models
+from .comfy_side import ComfySide, run_comfy
 from .webui_host import KINDS, WebuiHost
 
 FOLDER = os.environ.get("WEBUI_FOLDER", "")
@@ -38,3 +39,13 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebuiHost]:
     with new_host(tmp_path_factory.mktemp("webui")) as started:
         started.draw("a photo of a cat")  # Forge has no model before the first picture
         yield started
+
+
+@pytest.fixture(scope="session")
+def comfy(tmp_path_factory: pytest.TempPathFactory) -> ComfySide:
+    """The same erasure trained in ComfyUI, and its pictures.
+
+    The variable WEBUI_COMFY names a folder that keeps them, for the next host.
+    """
+    kept = os.environ.get("WEBUI_COMFY")
+    return run_comfy(Path(kept).absolute() if kept else tmp_path_factory.mktemp("comfy"))

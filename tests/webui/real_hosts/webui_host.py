@@ -41,15 +41,15 @@ _ALWAYS = (
     "--skip-version-check",
     "--skip-torch-cuda-test",
     "--no-download-sd-model",
-    "--do-not-download-clip",
     "--api",
     "--disable-console-progressbars",
 )
+# And what they call the CPU.
 _CPU = {
-    "a1111": ("--use-cpu", "all", "--no-half"),
-    "forge": ("--always-cpu",),
+    "a1111": ("--use-cpu", "all", "--no-half", "--do-not-download-clip"),
+    "forge": ("--always-cpu", "--do-not-download-clip"),
     "classic": ("--always-cpu",),
-    "reforge": ("--always-cpu",),
+    "reforge": ("--always-cpu", "--do-not-download-clip"),
     "neo": ("--cpu",),
 }
 # The emoji model draws with a TAESD. The default emphasis divides by the mean of the embedding,

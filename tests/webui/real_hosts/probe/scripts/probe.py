@@ -1,13 +1,18 @@
 """Tells tests what can't be asked of the host over HTTP; never part of what is published."""
 
+import functools
 import hashlib
+import os
 import sys
 import time
 
 import torch
-from modules import script_callbacks, shared
+from modules import script_callbacks, scripts, shared
 
-_LOADED = {"began": time.perf_counter()}
+_EXTENSION = os.path.realpath(
+    os.path.join(shared.cmd_opts.data_dir, "extensions", "concept-surgery")
+)
+_SECONDS = {}
 
 
 def _modules():
@@ -60,9 +65,47 @@ def modules():
     return sorted({name.split(".")[0] for name in sys.modules})
 
 
+def costs():
+    """Seconds that each callback and each part of the page of the extension took."""
+    return _SECONDS
+
+
+def _timed(name, call):
+    @functools.wraps(call)
+    def timed(*given, **named):
+        began = time.perf_counter()
+        try:
+            return call(*given, **named)
+        finally:
+            _SECONDS[name] = _SECONDS.get(name, 0.0) + time.perf_counter() - began
+
+    return timed
+
+
+def _is_its(path):
+    return os.path.realpath(path).startswith(_EXTENSION + os.sep)
+
+
+def _time_the_extension():
+    """Extensions load in the order of their names, so it has loaded before this one."""
+    for kind, callbacks in script_callbacks.callback_map.items():
+        for number, entry in enumerate(callbacks):
+            if not _is_its(entry.script):
+                continue
+            timed = _timed(kind, entry.callback)
+            if hasattr(entry, "_replace"):
+                callbacks[number] = entry._replace(callback=timed)
+            else:
+                entry.callback = timed
+    for entry in scripts.scripts_data:
+        if _is_its(entry.path):
+            entry.script_class.ui = _timed("ui", entry.script_class.ui)
+
+
 def _add_routes(_page, app):
-    for route in (weights, state, modules):
+    for route in (weights, state, modules, costs):
         app.add_api_route(f"/probe/{route.__name__}", route, methods=["GET"])
 
 
+_time_the_extension()
 script_callbacks.on_app_started(_add_routes)
