@@ -46,7 +46,7 @@ def run_comfy(work: Path) -> ComfySide:
         _run(work, kept)
     with np.load(kept) as arrays:
         pictures = {(s, t): arrays[f"{s} {t}"] for s in (0, 1) for t in PROMPTS}
-        return ComfySide(Path(str(arrays["file"])), pictures)
+        return ComfySide(Path(str(arrays["trained"])), pictures)
 
 
 def _run(work: Path, kept: Path) -> None:
@@ -66,7 +66,7 @@ def _run(work: Path, kept: Path) -> None:
     with ComfyHost(work, checkpoints=[checkpoint]) as host:
         outputs = host.run(graph, _TIMEOUT)["outputs"]
         drawn = {f"{s} {t}": _picture(host, outputs[name]) for (s, t), name in names.items()}
-    np.savez(kept, file=outputs["path"]["text"][0], **drawn)
+    np.savez(kept, trained=outputs["path"]["text"][0], **drawn)
 
 
 def changes(path: Path) -> dict[str, np.ndarray]:
