@@ -8,6 +8,7 @@ from .apply import ApplyErasure
 from .compare import CompareErasure
 from .files import LoadErasure, SaveErasure
 from .join import JoinErasures
+from .settings import ErasureSettings
 from .take_out import TakeConceptsOut
 from .train import TrainErasure
 
@@ -19,6 +20,7 @@ class ConceptSurgeryExtension(ComfyExtension):
         """All nodes of the pack."""
         return [
             TrainErasure,
+            ErasureSettings,
             ApplyErasure,
             CompareErasure,
             JoinErasures,

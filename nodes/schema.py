@@ -10,6 +10,7 @@ from comfy_api.v0_0_2 import io
 
 CATEGORY = "model/concept surgery"
 ErasureType = io.Custom("ERASURE")
+SettingsType = io.Custom("ERASE_SETTINGS")
 
 
 def compatible(make: Callable[..., Any], *args: Any, **keywords: Any) -> Any:

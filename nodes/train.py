@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from ..erase_core import KINDS, PRESETS, EraseSettings, Erasure, preset_settings
+from ..erase_core import KINDS, PRESETS, Erasure
 from ..erase_core.artefact.identity import REUSE, USE_IF_THERE
-from ..erase_core.settings.families import Family, generic
-from ..erase_core.settings.layers import LAYER_RULES
 from ..erase_core.settings.prompts import prompt_pairs
-from ..erase_core.settings.settings import FORMS, NULL_SCORES
-from ..erase_core.settings.texts import SettingsError, parse_concepts
+from ..erase_core.settings.texts import SettingsError, label
+from ..erase_core.settings.widgets import MODEL_TYPES
 from .families import trainable_family
-from .refusals import check_choice, refusal
+from .refusals import (
+    is_link,
+    is_linked,
+    refusal,
+    sent_values,
+    sent_values_behind,
+    unwrapped,
+)
 from .runs import refuse_without_clip, report_of, run_to_end
-from .schema import CATEGORY, ErasureType, compatible
+from .schema import CATEGORY, ErasureType, SettingsType, compatible
+from .settings import (
+    EXPERT,
+    TITLE,
+    expert_values,
+    refuse_impossible,
+    settings_from_widgets,
+)
 
-AS_PRESET = -1
 LINKED = "concept from a link"  # stands for a concept that isn't known yet
-AUTO = "auto"  # as the model's family says
-DISTILLED_MODEL = "distilled"
-MODEL_TYPES = ("standard", DISTILLED_MODEL)
-_ADVANCED = {"advanced": True, "optional": True}
+# What people call it, and the methods that it stands among.
+SEARCH_WORDS = (
+    "erase",
+    "remove",
+    "forget",
+    "delete",
+    "unlearn",
+    "censor",
+    "LECO",
+    "ESD",
+    "UCE",
+    "erase concept",
+    "remove concept",
+)
 
 
 class TrainErasure(io.ComfyNode):
@@ -42,8 +64,8 @@ class TrainErasure(io.ComfyNode):
                 "Learns to stop drawing something, from words alone, on the model that is loaded. "
                 "The model itself is not changed: connect ERASURE to Apply Erased UNet."
             ),
-            search_aliases=["erase concept", "unlearn", "remove concept", "ESD", "LECO", "UCE"],
-            inputs=[*_main_inputs(), *_advanced_inputs()],
+            search_aliases=list(SEARCH_WORDS),
+            inputs=[*_main_inputs(), *_more_inputs()],
             outputs=[
                 ErasureType.Output("erasure", display_name="ERASURE"),
                 io.Custom("LOSS_MAP").Output("losses", display_name="losses"),
@@ -56,6 +78,7 @@ class TrainErasure(io.ComfyNode):
     def validate_inputs(
         cls,
         erase: str | None = None,
+        *,
         replace_with: str | None = None,
         keep: str | None = None,
         negative_prompts: str | None = None,
@@ -73,10 +96,11 @@ class TrainErasure(io.ComfyNode):
     ) -> bool | str:
         """Refuse what can't work before anything runs. Linked values are checked when they come.
 
-        The host checks the range of each number that isn't named here.
+        The host hands on the first value alone, so that an error is told once. It is moved to its
+        own input, and the other values are read from the graph that the host was sent.
         """
-        given = {
-            "erase": LINKED if erase is None else erase,
+        typed = {
+            "erase": erase,
             "replace_with": replace_with,
             "keep": keep,
             "negative_prompts": negative_prompts,
@@ -92,75 +116,89 @@ class TrainErasure(io.ComfyNode):
             "resolution": resolution,
             "stored_result": stored_result,
         }
+        given = sent_values(cls) or {k: v for k, v in typed.items() if v is not None}
         try:
-            prompt_pairs(settings_from_widgets({k: v for k, v in given.items() if v is not None}))
+            wired = _values_behind(cls)
+            widgets = widgets_of({"erase": LINKED, **given}, wired)
+            with _told_of(wired):
+                prompt_pairs(settings_from_widgets(widgets))
         except SettingsError as error:
-            return refusal(error, cls)
+            return refusal(error, cls, told_at="erase")
         return True
 
     @classmethod
-    def execute(cls, model, clip, **widgets: Any) -> io.NodeOutput:
+    def execute(
+        cls, model, clip, settings: Mapping[str, Any] | None = None, **widgets: Any
+    ) -> io.NodeOutput:
         """Train, with the host's progress bar and cancel button."""
         refuse_without_clip(clip)
-        settings = settings_from_widgets(widgets, trainable_family(model))
+        widgets = widgets_of({**undeclared_values(cls.hidden), **widgets}, settings)
+        with _told_of(settings):
+            asked = settings_from_widgets(widgets, trainable_family(model))
         reuse = widgets.get("stored_result", USE_IF_THERE)
-        erasure, stored = run_to_end(model, clip, settings, cls.hidden, reuse)
+        erasure, stored = run_to_end(model, clip, asked, cls.hidden, reuse)
         report = report_of(erasure, stored, model, cls.hidden.unique_id)
         return io.NodeOutput(erasure, {"loss": _loss_curve(erasure)}, report)
 
 
-def settings_from_widgets(
-    widgets: Mapping[str, Any], family: Family | None = None
-) -> EraseSettings:
-    """The engine's settings from the node's widgets; -1 leaves a value to the preset.
+def widgets_of(given: Mapping[str, Any], wired: Mapping[str, Any] | None) -> dict[str, Any]:
+    """All values of a run by name: the node's own, and those of Erasure Settings.
 
     Args:
-        family: of the model; None where it isn't known yet.
+        given: the node's inputs. Graphs of before there was Erasure Settings give expert values
+            among them, which keep their effect.
+        wired: what Erasure Settings gives; None where it isn't connected.
 
     Raises:
-        SettingsError: a value that can't work.
+        SettingsError: expert values from both places, or one that can't be converted.
     """
-    for name, choices in (("model_type", MODEL_TYPES), ("stored_result", REUSE)):
-        check_choice(name, widgets.get(name, choices[0]), choices)
-    numbers = {
-        name: None if _is(AS_PRESET, widgets.get(name, AS_PRESET)) else widgets[name]
-        for name in (
-            "steps",
-            "rank",
-            "learning_rate",
-            "protection",
-            "stop_below",
-            "batch",
-            "trajectories",
-            "captions",
+    old = expert_values(given)
+    if wired is None:
+        return {**given, **old}
+    if not isinstance(wired, Mapping) or set(wired).difference(EXPERT):
+        raise SettingsError(f"settings must come from {TITLE}, not {wired!r:.60}.", "settings")
+    if old:
+        raise SettingsError(
+            f"{', '.join(old)} came with this node, from a graph of an older version, and {TITLE} "
+            f"is connected, too. Set them there alone, or disconnect it.",
+            "settings",
         )
-    }
-    as_they_are = ["keep", "negative_prompts", "kind", "templates", "eta"]
-    as_they_are += ["drift_weight", "keep_weight", "null_score"]
-    chosen = {
-        name: None if _is(AUTO, widgets.get(name, AUTO)) else widgets[name]
-        for name in ("form", "layers")
-    }
-    defaults = family.defaults if family else {}
-    other = generic("").defaults
-    if family is None and chosen["form"] is None and chosen["layers"] == other["layers"]:
-        defaults = other  # of the models that these layers are for
-    return preset_settings(
-        widgets.get("preset", "balanced"),
-        distilled=widgets.get("model_type", MODEL_TYPES[0]) == DISTILLED_MODEL,
-        family=defaults,
-        resolution=None if _is(0, widgets.get("resolution", 0)) else widgets["resolution"],
-        concepts=parse_concepts(widgets.get("erase"), widgets.get("replace_with")),
-        seed=widgets.get("training_seed", 0),
-        **{name: widgets.get(name) for name in as_they_are},
-        **chosen,
-        **numbers,
-    )
+    return {**given, **expert_values(wired)}
 
 
-def _is(standing_in: int | str, value: Any) -> bool:
-    """Whether a widget leaves its value to the preset or the model; a link may bring anything."""
-    return isinstance(value, int | float | str) and value == standing_in
+def undeclared_values(hidden: Any) -> dict[str, Any]:
+    """Expert values that a graph gives the node directly, which the host doesn't hand on."""
+    node = (hidden.prompt or {}).get(hidden.unique_id) or {}
+    inputs = node.get("inputs", {})
+    plain = {name: unwrapped(value) for name, value in inputs.items()}
+    return {name: plain[name] for name in EXPERT if name in plain and not is_link(plain[name])}
+
+
+def _values_behind(node: Any) -> dict[str, Any] | None:
+    """Expert values of the Erasure Settings that is connected in the graph that is answered.
+
+    None are known of one that refuses them itself, or that isn't connected directly.
+    """
+    if not is_linked(node, "settings"):
+        return None
+    try:
+        values = expert_values(sent_values_behind(node, "settings"))
+        refuse_impossible(values)
+    except SettingsError:
+        return {}
+    return values
+
+
+@contextmanager
+def _told_of(wired: Mapping[str, Any] | None) -> Iterator[None]:
+    """Errors about values that came by wire are about the input that it ends at."""
+    try:
+        yield
+    except SettingsError as error:
+        if not wired or error.setting not in wired:
+            raise
+        what = f"In {TITLE}, {label(error.setting)}: {error}"
+        raise SettingsError(what, "settings") from error
 
 
 def _loss_curve(erasure: Erasure) -> list[float]:
@@ -181,10 +219,17 @@ def _loss_curve(erasure: Erasure) -> list[float]:
 
 def _main_inputs() -> list[Any]:
     return [
-        io.Model.Input("model", tooltip="The model to learn on. It is not changed."),
-        io.Clip.Input("clip", tooltip="The text encoder that you also use for your prompts."),
+        io.Model.Input(
+            "model", display_name="Model", tooltip="The model to learn on. It is not changed."
+        ),
+        io.Clip.Input(
+            "clip",
+            display_name="CLIP",
+            tooltip="The text encoder that you also use for your prompts.",
+        ),
         io.String.Input(
             "erase",
+            display_name="Erase",
             multiline=True,
             placeholder="what to stop drawing, one a line: cat => dog",
             default="",
@@ -196,6 +241,7 @@ def _main_inputs() -> list[Any]:
         ),
         io.String.Input(
             "replace_with",
+            display_name="Replace with",
             default="",
             tooltip=(
                 "What to draw instead, for example: dog, for lines that don't say it with =>. "
@@ -204,8 +250,9 @@ def _main_inputs() -> list[Any]:
         ),
         io.String.Input(
             "keep",
+            display_name="Keep",
             multiline=True,
-            placeholder="keep: prompts that must not change, one a line",
+            placeholder="prompts that must not change, one a line",
             default="",
             tooltip=(
                 "Prompts whose pictures must not change at all, one a line, most important first. "
@@ -214,13 +261,21 @@ def _main_inputs() -> list[Any]:
         ),
         io.String.Input(
             "negative_prompts",
+            display_name="Negative prompts you use",
             multiline=True,
-            placeholder="negative prompts you use, one a line",
+            placeholder="one a line",
             default="",
             tooltip="Negative prompts you use, one a line. They stay exact, like the empty one.",
         ),
+        *_choices(),
+    ]
+
+
+def _choices() -> list[Any]:
+    return [
         io.Combo.Input(
             "kind",
+            display_name="Kind",
             options=list(KINDS),
             default=KINDS[0],
             tooltip=(
@@ -230,6 +285,7 @@ def _main_inputs() -> list[Any]:
         ),
         io.Combo.Input(
             "preset",
+            display_name="Preset",
             options=list(PRESETS),
             default="balanced",
             tooltip=(
@@ -240,6 +296,7 @@ def _main_inputs() -> list[Any]:
         ),
         io.Int.Input(
             "training_seed",
+            display_name="Training seed",
             default=0,
             min=0,
             max=2**64 - 1,
@@ -248,136 +305,32 @@ def _main_inputs() -> list[Any]:
     ]
 
 
-def _advanced_inputs() -> list[Any]:
-    preset = " -1: as the preset says."
+def _more_inputs() -> list[Any]:
+    """Those that graphs of older versions may lack."""
     return [
-        _combo(
+        SettingsType.Input(
+            "settings",
+            display_name="Settings",
+            optional=True,
+            tooltip=f"From {TITLE}, for who wants to set steps, rank and the like. Not needed.",
+        ),
+        io.Combo.Input(
             "model_type",
-            MODEL_TYPES,
-            "distilled: Turbo, Lightning, LCM, DMD2 and the like, which sample in a few steps "
-            "at CFG 1. At CFG 1 negative prompts do nothing.",
+            display_name="Model type",
+            options=list(MODEL_TYPES),
+            default=MODEL_TYPES[0],
+            optional=True,
+            tooltip="distilled: Turbo, Lightning, LCM, DMD2 and the like, which sample in a few "
+            "steps at CFG 1. At CFG 1 negative prompts do nothing.",
         ),
-        _combo(
-            "form",
-            [AUTO, *FORMS],
-            "auto: as the model allows. hard: the empty prompt and the kept "
-            "prompts can't move at all. soft: they are held by a penalty, as in the paper; needed "
-            "to train other layers.",
-        ),
-        _combo(
-            "layers",
-            [AUTO, *LAYER_RULES],
-            "What trains; auto: key-value on U-Nets, text-input on SD3 and Flux, prompt-fed on "
-            "other architectures. Others need the soft form.",
-        ),
-        compatible(
-            io.String.Input,
-            "templates",
-            multiline=True,
-            placeholder="own phrases, one a line: a photo of {}",
-            default="",
-            tooltip=(
-                "Your own phrases to learn from instead of those of the kind, one a line, with {} "
-                "where the concept stands. After => the same phrase without it, if it isn't simply "
-                "left out."
-            ),
-            **_ADVANCED,
-        ),
-        _int("steps", AS_PRESET, 10_000, "Optimiser steps." + preset),
-        _int("rank", AS_PRESET, 256, "Rank of the change, at most." + preset),
-        _float(
-            "learning_rate",
-            AS_PRESET,
-            10.0,
-            AS_PRESET,
-            "Adam's step relative to the size of each matrix." + preset,
-        ),
-        _float(
-            "eta",
-            0.0,
-            10.0,
-            0.0,
-            "Push beyond the replacement. Above 0, a negative prompt that names the concept draws "
-            "it; leave at 0 unless traces remain.",
-        ),
-        _float(
-            "protection",
-            AS_PRESET,
-            1e4,
-            AS_PRESET,
-            "How strongly prompts nobody named are held. Higher keeps more, erases less. "
-            "-1: as strongly as still lets the concept move.",
-        ),
-        _float(
-            "drift_weight", 0.0, 1e4, 1.0, "Soft form: weight on the drift of the empty prompt."
-        ),
-        _float("keep_weight", 0.0, 1e4, 1.0, "Soft form: weight on the drift of kept prompts."),
-        _combo(
-            "null_score",
-            NULL_SCORES,
-            "Soft form: whose prediction for the empty prompt the change is measured from: the "
-            "original's (frozen), or that of the model in training, with (student) or without "
-            "(detached) learning through it.",
-        ),
-        _float(
-            "stop_below",
-            AS_PRESET,
-            1.0,
-            AS_PRESET,
-            "End early once less than this share is left to go on states it doesn't learn from; "
-            "0 never does." + preset,
-        ),
-        _int("batch", AS_PRESET, 64, "States per step. 1 needs the least memory." + preset),
-        _int("trajectories", AS_PRESET, 256, "Sampling runs to learn from." + preset),
-        compatible(
-            io.Int.Input,
-            "resolution",
-            default=0,
-            min=0,
-            max=4096,
-            step=8,
-            tooltip="Side of the training pictures. 0: the size the model was made for.",
-            **_ADVANCED,
-        ),
-        _int(
-            "captions",
-            AS_PRESET,
-            100_000,
-            "Plain captions, and nearly as many words of the text encoder's own, that stand for "
-            "the rest of the language." + preset,
-        ),
-        _combo(
+        io.Combo.Input(
             "stored_result",
-            REUSE,
-            "A finished training is kept on disk and used again where model, LoRAs, text "
+            display_name="Stored result",
+            options=list(REUSE),
+            default=REUSE[0],
+            optional=True,
+            tooltip="A finished training is kept on disk and used again where model, LoRAs, text "
             "encoder and all settings are the same. train again: replaces what is stored. "
             "use only: an error where nothing is stored, for batches that must not train.",
         ),
     ]
-
-
-def _combo(name: str, options: Iterable[str], tooltip: str) -> Any:
-    """An advanced choice; the first option is the default."""
-    options = list(options)
-    return compatible(
-        io.Combo.Input, name, options=options, default=options[0], tooltip=tooltip, **_ADVANCED
-    )
-
-
-def _int(name: str, low: int, high: int, tooltip: str) -> Any:
-    return compatible(
-        io.Int.Input, name, default=low, min=low, max=high, tooltip=tooltip, **_ADVANCED
-    )
-
-
-def _float(name: str, low: float, high: float, default: float, tooltip: str) -> Any:
-    return compatible(
-        io.Float.Input,
-        name,
-        default=float(default),
-        min=float(low),
-        max=high,
-        step=0.0005,
-        tooltip=tooltip,
-        **_ADVANCED,
-    )

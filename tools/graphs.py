@@ -41,7 +41,8 @@ def train(
 ) -> Graph:
     """The trainer: ERASURE, LOSS_MAP and the report are its outputs 0, 1 and 2.
 
-    ``settings`` are optional inputs, such as ``steps`` or ``resolution``.
+    ``settings`` are optional inputs, and expert values, such as ``steps`` or ``resolution``,
+    which stand on the node itself in graphs of before there was Erasure Settings.
     """
     return node(
         name,
@@ -57,6 +58,11 @@ def train(
         training_seed=training_seed,
         **settings,
     )
+
+
+def erasure_settings(name: str = "settings", **values: Any) -> Graph:
+    """Expert values: output 0 goes into the trainer's input ``settings``."""
+    return node(name, "ConceptSurgerySettings", **values)
 
 
 def save(name: str = "save", *, filename: str = "erasure", erasure: Output = ("train", 0)) -> Graph:

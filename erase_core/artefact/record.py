@@ -173,6 +173,7 @@ class _RecordOptional(TypedDict, total=False):
     others: OthersRecord | None
     training: str
     pooled_left_out: bool
+    curve: list[list[float | None]]
 
 
 class Record(_RecordOptional):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, cast
 
@@ -18,7 +18,10 @@ from ..settings.texts import concept_values
 from ..version import VERSION
 from .given import Given
 from .heard import Heard
+from .meter import CurvePoint
 from .training import Start, Trained
+
+CURVE_POINTS = 200  # of a curve in the record, at most
 
 
 def record_of(
@@ -52,6 +55,7 @@ def record_of(
         "others": collateral,
         "warnings": _warnings(given, trained, measures, collateral, heard),
         **_training(settings, trained),
+        "curve": thinned(given.meter.curve),
         "forward_equivalents": given.meter.spent,
         "seconds": round(time.monotonic() - given.began, 2),
     }
@@ -70,12 +74,21 @@ def _training(settings: EraseSettings, trained: Trained) -> dict[str, Any]:
         "steps_done": steps,
         "values_trained": sum(t.numel() for t in values) if trained.outcome == TRAINED else 0,
         "converged": trained.converged,
-        "complete": trained.converged or not did_train or steps == settings.steps,
-        "stopped_early": did_train and steps < settings.steps,
+        "complete": trained.outcome != STOPPED
+        and (trained.converged or not did_train or steps == settings.steps),
+        "stopped_early": trained.outcome == STOPPED or (did_train and steps < settings.steps),
         "ended_by": trained.ended_by,
         "gradient_apart": trained.gradient.apart if trained.gradient else None,
         "memory": trained.memory,
     }
+
+
+def thinned(curve: Sequence[CurvePoint], most: int = CURVE_POINTS) -> list[list[float | None]]:
+    """The curve with at most so many points, the first and the last among them."""
+    last = len(curve) - 1
+    count = min(len(curve), most)
+    places = sorted({round(i * last / max(1, count - 1)) for i in range(count)})
+    return [list(curve[place]) for place in places]
 
 
 def _warnings(

@@ -41,6 +41,7 @@ def shot(name: str, model, text: str = "a photo of a cat"):
 def test_the_nodes_are_there_with_tooltips_and_help(server):
     for name, title in {
         "ConceptSurgeryTrain": "Train Concept Erasure",
+        "ConceptSurgerySettings": "Erasure Settings",
         "ConceptSurgeryApply": "Apply Erased UNet",
         "ConceptSurgeryCompare": "Compare Erasure",
         "ConceptSurgeryJoin": "Join Erasures",

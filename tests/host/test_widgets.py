@@ -10,6 +10,7 @@ import torch
 from concept_surgery.erase_core import Erasure, SettingsError, erase
 from concept_surgery.erase_core.artefact.report import report_text
 from concept_surgery.erase_core.settings.prompts import prompt_pairs
+from concept_surgery.nodes.settings import ErasureSettings
 from concept_surgery.nodes.train import TrainErasure, settings_from_widgets
 
 from ..core.toy import ToyDenoiser
@@ -36,10 +37,13 @@ FLOATS = [-1.0, 0.0, 1e-6, 0.003, 0.5, 1.0, 10.0, 1e4, 1e9, math.nan, math.inf, 
 
 
 def inputs_of_node() -> dict[str, tuple]:
-    """Every widget of the node by name: its type and what the host says about it."""
-    types = TrainErasure.INPUT_TYPES()
-    given = {**types["required"], **types["optional"]}
-    return {name: one for name, one in given.items() if one[0] not in ("MODEL", "CLIP")}
+    """Every widget of the nodes by name: its type and what the host says about it."""
+    given = {}
+    for node in (TrainErasure, ErasureSettings):
+        types = node.INPUT_TYPES()
+        given |= {**types.get("required", {}), **types["optional"]}
+    wires = ("MODEL", "CLIP", "ERASE_SETTINGS")
+    return {name: one for name, one in given.items() if one[0] not in wires}
 
 
 def value_for(one: tuple, draw: random.Random):
