@@ -127,6 +127,19 @@ class Browser:
                 raise BrowserError(f"{script} was never true. Last in the console: {last}")
             time.sleep(_POLL)
 
+    def click(self, x: float, y: float) -> None:
+        """Press and release the left mouse button at a place in the page, in its pixels."""
+        for kind, buttons in (("mouseMoved", 0), ("mousePressed", 1), ("mouseReleased", 0)):
+            self._call(
+                "Input.dispatchMouseEvent",
+                type=kind,
+                x=x,
+                y=y,
+                button="none" if kind == "mouseMoved" else "left",
+                buttons=buttons,
+                clickCount=0 if kind == "mouseMoved" else 1,
+            )
+
     def screenshot(self, path: Path) -> None:
         """Write what the page looks like as a PNG."""
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot")["data"]))
