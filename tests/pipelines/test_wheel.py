@@ -42,8 +42,10 @@ def scripts(tmp_path_factory) -> Path:
     where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     site = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
     (site / "shared.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
-    asked = [python, "-m", "pip", "install", "-q", "--no-index", f"{wheel}[diffusers]"]
-    subprocess.run(asked, check=True)
+    manage = [python, "-m", "pip", "--disable-pip-version-check"]
+    subprocess.run([*manage, "uninstall", "-q", "-y", "setuptools"], check=True)  # an old one
+    asked = ["install", "-q", "--no-index", f"{wheel}[diffusers]"]
+    subprocess.run([*manage, *asked], check=True)
     return place
 
 
