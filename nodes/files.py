@@ -26,10 +26,11 @@ from ..erase_core.artefact.saving import (
     planned_path,
     save_erasure,
 )
+from ..erase_core.settings.widgets import check_choice
 from .messages import id_of, preview, show_progress_text, shown, warn_all
 from .names import filled, is_open
 from .pictures import small_png
-from .refusals import check_choice, refusal
+from .refusals import refusal
 from .schema import CATEGORY, ErasureType, compatible
 
 FOLDER = "loras"
@@ -57,7 +58,7 @@ class SaveErasure(io.ComfyNode):
                 "loaders, at strength 1. A description, and the picture if one is connected, lie "
                 "beside it for programs that list LoRAs."
             ),
-            search_aliases=["save LoRA", "export erasure", "erase", "remove"],
+            search_aliases=["save LoRA", "export erasure"],
             inputs=[
                 ErasureType.Input("erasure"),
                 io.String.Input(
@@ -169,7 +170,7 @@ class LoadErasure(io.ComfyNode):
             display_name="Load Erasure",
             category=CATEGORY,
             description="Reads an erasure that was saved into models/loras.",
-            search_aliases=["load LoRA", "open erasure", "erase", "remove"],
+            search_aliases=["load LoRA", "open erasure"],
             inputs=[
                 io.Combo.Input(
                     "filename",

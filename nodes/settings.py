@@ -7,25 +7,25 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from ..erase_core import PRESETS, EraseSettings, SettingsError, preset_settings
+from ..erase_core import PRESETS, EraseSettings, SettingsError
 from ..erase_core.artefact.identity import REUSE
-from ..erase_core.settings.families import Family, generic
+from ..erase_core.settings.families import Family
 from ..erase_core.settings.layers import LAYER_RULES
 from ..erase_core.settings.settings import FORMS, NULL_SCORES
-from ..erase_core.settings.texts import label, parse_concepts
-from .refusals import check_choice, refusal, sent_values
+from ..erase_core.settings.texts import label
+from ..erase_core.settings.widgets import AS_PRESET, AUTO, check_choice, settings_of
 from .schema import CATEGORY, SettingsType, compatible
 
-AS_PRESET = -1
-AUTO = "auto"  # as the model's family says
-DISTILLED_MODEL = "distilled"
-MODEL_TYPES = ("standard", DISTILLED_MODEL)
 TITLE = "Erasure Settings"
 _OPTIONAL = {"optional": True}
 
 
 class ErasureSettings(io.ComfyNode):
-    """Expert values in, one wire for Train Concept Erasure out."""
+    """Expert values in, one wire for Train Concept Erasure out.
+
+    What can't work is refused by that node, which knows what it is wanted for, and said at the
+    input here that is wrong. The host checks the range of each number.
+    """
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -56,19 +56,6 @@ class ErasureSettings(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, templates: str | None = None) -> bool | str:
-        """Refuse what can't work in any run; the host checks the range of each number.
-
-        It is told once, as the host repeats it for each input that is named here.
-        """
-        given = sent_values(cls) or {"templates": templates}
-        try:
-            refuse_impossible(expert_values(given))
-        except SettingsError as error:
-            return refusal(error, cls, told_at="templates")
-        return True
-
-    @classmethod
     def execute(cls, **values: Any) -> io.NodeOutput:
         """The values that aren't left to preset and model; links may have brought any."""
         chosen = expert_values(values)
@@ -95,55 +82,13 @@ def refuse_impossible(values: Mapping[str, Any]) -> None:
 def settings_from_widgets(
     widgets: Mapping[str, Any], family: Family | None = None
 ) -> EraseSettings:
-    """The engine's settings from the node's widgets; -1 leaves a value to the preset.
-
-    Args:
-        family: of the model; None where it isn't known yet.
+    """The engine's settings from the node's widgets, see :func:`widgets.settings_of`.
 
     Raises:
         SettingsError: a value that can't work.
     """
-    for name, choices in (("model_type", MODEL_TYPES), ("stored_result", REUSE)):
-        check_choice(name, widgets.get(name, choices[0]), choices)
-    numbers = {
-        name: None if _is(AS_PRESET, widgets.get(name, AS_PRESET)) else widgets[name]
-        for name in (
-            "steps",
-            "rank",
-            "learning_rate",
-            "protection",
-            "stop_below",
-            "batch",
-            "trajectories",
-            "captions",
-        )
-    }
-    as_they_are = ["keep", "negative_prompts", "kind", "templates", "eta"]
-    as_they_are += ["drift_weight", "keep_weight", "null_score"]
-    chosen = {
-        name: None if _is(AUTO, widgets.get(name, AUTO)) else widgets[name]
-        for name in ("form", "layers")
-    }
-    defaults = family.defaults if family else {}
-    other = generic("").defaults
-    if family is None and chosen["form"] is None and chosen["layers"] == other["layers"]:
-        defaults = other  # of the models that these layers are for
-    return preset_settings(
-        widgets.get("preset", "balanced"),
-        distilled=widgets.get("model_type", MODEL_TYPES[0]) == DISTILLED_MODEL,
-        family=defaults,
-        resolution=None if _is(0, widgets.get("resolution", 0)) else widgets["resolution"],
-        concepts=parse_concepts(widgets.get("erase"), widgets.get("replace_with")),
-        seed=widgets.get("training_seed", 0),
-        **{name: widgets.get(name) for name in as_they_are},
-        **chosen,
-        **numbers,
-    )
-
-
-def _is(standing_in: int | str, value: Any) -> bool:
-    """Whether a widget leaves its value to the preset or the model; a link may bring anything."""
-    return isinstance(value, int | float | str) and value == standing_in
+    check_choice("stored_result", widgets.get("stored_result", REUSE[0]), REUSE)
+    return settings_of(widgets, family)
 
 
 def expert_values(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..erase_core.method.vocabulary import words_among
+from ..erase_core.method.words import words_among
 
 # What tokenizers raise that can't list their tokens.
 _NO_LIST = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..erase_core.artefact.identity import Digest, bytes_on_cpu, word_sums
 from ..erase_core.files.fingerprint import fingerprint
 from ..erase_core.method.alignment import STREAM_IDS
-from ..erase_core.method.vocabulary import words_among
+from ..erase_core.method.words import words_among
 from ..erase_core.model.activations import BlockRun
 from ..erase_core.model.blocks import blocks_run_by
 from ..erase_core.model.denoiser import Denoiser

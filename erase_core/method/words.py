@@ -1,4 +1,4 @@
-"""The words among the tokens that a tokenizer lists."""
+"""Which of a text encoder's tokens are words."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _PLAIN = re.compile(r"([a-z]{3,})")
 
 
 def words_among(tokens: Mapping[int, Any]) -> list[str]:
-    """The words that are one token each, in lower case and in order of token id.
+    """The words among a text encoder's tokens, in lower case, in the order of their ids.
 
-    In most tokenizers that is roughly from frequent to rare. Frequent beginnings and endings of
-    words ("inter", "tion") can't be told from words and are among them.
+    Frequent beginnings and endings of words ("inter", "tion") can't be told from words and are
+    among them.
 
     Args:
-        tokens: texts, or bytes of texts, by id; what is neither is passed over.
+        tokens: text or bytes by id, as the tokenizer keeps them.
     """
     for form in (_MARKED, _PLAIN):
         found = {}
