@@ -241,7 +241,7 @@ class WebuiDenoiser(Denoiser):
         return {name: self._numbers(path) for name, path in self._paths.items()}
 
     def _numbers(self, path: str) -> Tensor:
-        layer = self.network.get_submodule(path)
+        layer: Any = self.network.get_submodule(path)  # of the host's own class
         weight = layer.weight.detach()
         scale = getattr(layer, "scale_weight", None)
         if weight.element_size() > 1 and scale is None:
@@ -287,6 +287,9 @@ class WebuiDenoiser(Denoiser):
         for module in twin.modules():
             # Host's LoRA code looks for its layers by this name.
             vars(module).pop("network_layer_name", None)
+            # The last picture may have been one that can be tiled.
+            if vars(module).get("padding_mode") == "circular":
+                module.padding_mode = "zeros"  # type: ignore[assignment]
             # Their own checkpointing loses the gradient of what isn't an input of the block.
             for name in ("checkpoint", "use_checkpoint"):
                 if isinstance(vars(module).get(name), bool):
