@@ -14,6 +14,9 @@ from .cautions import HARM
 from .sheet import one_line
 from .verdict import (
     GONE,
+    THERE,
+    TRACES,
+    UNTOLD,
     changed_words,
     grade,
     kept_prompts,
@@ -40,6 +43,7 @@ GOOD: Colour = (24, 112, 60)
 BAD: Colour = (176, 42, 36)
 WORD: Colour = (32, 84, 160)
 WARNED: Colour = (196, 110, 20)
+COLOURS = {GONE: GOOD, TRACES: WARNED, THERE: BAD, UNTOLD: FAINT}
 GRADES = {"good": INK, "traces": WARNED, "harm": WARNED, "not gone": BAD, "ruin": BAD}
 NO_WORDS = "This file doesn't say what else changes."
 
@@ -126,7 +130,7 @@ def neighbour_chart(record: Mapping[str, Any]) -> Chart:
 def _concepts(chart: Chart, record: Mapping[str, Any]) -> None:
     chart.title("erased: how far it went")
     for concept in record["concepts"][:MOST_CONCEPTS]:
-        colour = GOOD if outcome(concept) == GONE else BAD
+        colour = COLOURS[outcome(record, concept)]
         chart.bar(concept["text"], moved(concept), way_gone(moved(concept)), colour)
     _more(chart, len(record["concepts"]) - MOST_CONCEPTS)
 

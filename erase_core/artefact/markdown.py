@@ -76,7 +76,9 @@ def _concepts(record: Mapping[str, Any]) -> list[str]:
         (
             escaped(" or ".join(names_of(concept))),
             escaped(concept["alternative"]) or "nothing in particular",
-            outcome(concept) if outcome(concept) == GONE else f"**{outcome(concept)}**",
+            outcome(record, concept)
+            if outcome(record, concept) == GONE
+            else f"**{outcome(record, concept)}**",
             way_gone(moved(concept)),
             percent(concept["share_left"]),
         )

@@ -10,7 +10,7 @@ from ..settings.families import by_name
 from .cautions import guidance_change
 from .formats import concept_list
 from .record import GUIDANCE, NO_HELP, NOT_NEEDED, PREDICTION
-from .verdict import GONE, GONE_FROM, grade, moved, outcome, verdict
+from .verdict import GONE_FROM, grade, moved, verdict
 
 WORDS_SHOWN = 8
 # What became of the training, where it wasn't run to its end.
@@ -243,7 +243,8 @@ def note_lines(record: Mapping[str, Any]) -> list[str]:
             "Made for a model that samples at guidance 1: the null prompt and negative prompts "
             "aren't used there, so put what must not change under 'keep'."
         )
-    if any(outcome(c) != GONE for c in record["concepts"] if c["moved"] is not None):
+    figures = [c["moved"] for c in record["concepts"] if c["moved"] is not None]
+    if figures and not min(figures) >= GONE_FROM:
         lines.append(
             f"The guidance moved less than {GONE_FROM:.0%} of the way: traces may remain. Try the "
             "preset 'thorough', fewer keep prompts or a lower protection."
