@@ -156,6 +156,10 @@ def test_a_style_is_all_over_the_picture_and_a_person_may_choose(erasure):
     assert Purification().everywhere(style) and not Purification().everywhere(erasure.record)
     assert Purification(area="everywhere").everywhere(erasure.record)
     assert not Purification(area="where it is seen").everywhere(style)
+    with pytest.raises(SettingsError, match="a house in ink style") as refused:
+        asked_prompts(Purification(), style)
+    assert refused.value.setting == "prompt"
+    assert asked_prompts(Purification(prompt="an ink house"), style) == ["an ink house"]
     found = purify(picture(), Purification(steps=2, area="everywhere"), erasure, ToyDenoiser())
     assert found.mask.all()
 

@@ -146,6 +146,12 @@ def test_what_does_not_fit_is_refused_in_words(loaded, finished, vae, monkeypatc
     with pytest.raises(ValueError, match="No VAE is connected"):
         purified(loaded, finished, None)
 
+    style = dataclasses.replace(
+        finished, record={**finished.record, "concepts": [{"text": "ink", "kind": "style"}]}
+    )
+    with pytest.raises(SettingsError, match="Type what is on the picture"):
+        purified(loaded, style, vae)
+
     class OtherVae:
         def __getattr__(self, name):
             return getattr(vae, name)
