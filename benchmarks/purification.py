@@ -45,15 +45,15 @@ from benchmarks.unnamed.worlds import WORK, identity, open_world  # noqa: E402
 
 SIDE, STEPS = 64, 10
 CASES = {
-    "emoji": ("dog", "rabbit => horse", "banana", "truck => boat", "ink => flat"),
-    "icons": ("elephant", "shark => dolphin", "cheese", "violin => piano", "pixel => sticker"),
+    "emoji": ("dog", "truck => boat", "ink => flat"),
+    "icons": ("shark => dolphin", "elephant", "pixel => sticker"),
 }
 # What stands beside a concept, and by itself where there is none; named by no erasure here.
 OTHERS = {
     "emoji": ("house", "whale", "guitar", "cherry"),
     "icons": ("castle", "ghost", "camera", "trumpet"),
 }
-ALONE, BESIDE, WITHOUT = 2, 2, 1  # pictures of each kind for an erasure
+ALONE, BESIDE, WITHOUT, STYLED = 2, 2, 1, 2  # pictures of each kind for an erasure
 
 
 class Pictures:
@@ -101,7 +101,7 @@ def asked_of(pictures: Pictures, case: str) -> Iterator[tuple[np.ndarray, list[s
     concept, styles = case.partition(" =>")[0], pictures.world.styles
     others = OTHERS[pictures.name]
     if concept in styles:
-        for number, thing in enumerate(others):
+        for number, thing in enumerate(others[:STYLED]):
             yield pictures.page(thing, concept, number), [thing]
         return
     for number in range(ALONE):
@@ -162,7 +162,7 @@ def measure(
 def measure_inversion(pictures: Pictures, denoiser: Any, asked: Purification) -> dict[str, Any]:
     """PSNR of the reconstruction by guesses at each step; how far the erased model's is from it."""
     thing, styles = OTHERS[pictures.name][0], pictures.world.styles
-    pages = np.concatenate([pictures.page(thing, style, 3) for style in styles[:2]])
+    pages = np.concatenate([pictures.page(thing, style, 3) for style in styles[:1]])
     latents, (null,) = pictures.latent(pages), denoiser.encode([""])
     sigmas = schedule(denoiser, asked)
 
@@ -171,7 +171,7 @@ def measure_inversion(pictures: Pictures, denoiser: Any, asked: Purification) ->
         return denoiser.predict_x0(x, torch.full((len(x),), sigma), [null] * len(x))
 
     found: dict[str, Any] = {}
-    for name, guesses in (("plain DDIM", 1), ("2 guesses", 2), ("until it stands", 10)):
+    for name, guesses in (("plain DDIM", 1), ("until it stands", 10)):
         begun = denoiser.forward_equivalents
         start = inverted(latents, sigmas, predict, guesses)[0]
         spent = (denoiser.forward_equivalents - begun) / len(latents)
