@@ -9,6 +9,7 @@ from .compare import CompareErasure
 from .files import LoadErasure, SaveErasure
 from .join import JoinErasures
 from .purify import PurifyImage
+from .report import ErasureReport
 from .settings import ErasureSettings
 from .take_out import TakeConceptsOut
 from .train import TrainErasure
@@ -24,6 +25,7 @@ class ConceptSurgeryExtension(ComfyExtension):
             ErasureSettings,
             ApplyErasure,
             CompareErasure,
+            ErasureReport,
             PurifyImage,
             JoinErasures,
             TakeConceptsOut,
