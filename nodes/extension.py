@@ -8,6 +8,7 @@ from .apply import ApplyErasure
 from .compare import CompareErasure
 from .files import LoadErasure, SaveErasure
 from .join import JoinErasures
+from .purify import PurifyImage
 from .report import ErasureReport
 from .settings import ErasureSettings
 from .take_out import TakeConceptsOut
@@ -25,6 +26,7 @@ class ConceptSurgeryExtension(ComfyExtension):
             ApplyErasure,
             CompareErasure,
             ErasureReport,
+            PurifyImage,
             JoinErasures,
             TakeConceptsOut,
             SaveErasure,

@@ -123,9 +123,10 @@ class TrainErasure(io.ComfyNode):
         widgets = widgets_of({**undeclared_values(cls.hidden), **widgets}, settings)
         asked = settings_from_widgets(widgets, trainable_family(model))
         reuse = widgets.get("stored_result", USE_IF_THERE)
-        erasure, stored = run_to_end(model, clip, asked, cls.hidden, reuse)
-        report = report_of(erasure, stored, model, cls.hidden.unique_id)
-        return io.NodeOutput(erasure, {"loss": _loss_curve(erasure)}, report)
+        ran = run_to_end(model, clip, asked, cls.hidden, reuse)
+        report = report_of(ran, model, cls.hidden.unique_id)
+        losses = {"loss": _loss_curve(ran.erasure)}
+        return io.NodeOutput(ran.erasure, losses, report, ui=ran.ui)
 
 
 def widgets_of(given: Mapping[str, Any], wired: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -291,6 +292,8 @@ def _more_inputs() -> list[Any]:
             optional=True,
             tooltip="A finished training is kept on disk and used again where model, LoRAs, text "
             "encoder and all settings are the same. train again: replaces what is stored. "
-            "use only: an error where nothing is stored, for batches that must not train.",
+            "use only: an error where nothing is stored, for batches that must not train. "
+            "A training that was cancelled goes on by itself where it was. resume: goes on with "
+            "one that was stopped, or adds steps to a finished one.",
         ),
     ]

@@ -16,6 +16,7 @@ from ..erase_core import erase as erase_with
 from ..erase_core.artefact.formats import LAYERS_KEY
 from ..erase_core.artefact.language_store import LanguageStore
 from ..erase_core.artefact.results import ResultStore
+from ..erase_core.artefact.unfinished import UnfinishedStore
 from ..erase_core.settings.texts import Concept, parse_concepts
 from .adapter import PipelineDenoiser
 from .erasure import Erasure
@@ -47,7 +48,7 @@ def erase(
         preset: "instant", "balanced" or "thorough".
         progress: whether a bar is shown.
         cache: a folder in which finished erasures and what was read of ordinary language are kept.
-            The same call then trains once.
+            The same call then trains once, and goes on from where it was interrupted.
         meter: what it costs and whether to stop; it reports in place of the bar.
         **settings: fields of :class:`erase_core.EraseSettings`, such as ``negative_prompts``,
             ``kind``, ``seed`` or ``resolution``; also ``distilled=True`` for Turbo, Lightning, LCM.
@@ -61,14 +62,17 @@ def erase(
     chosen = settings_for(
         family_of(pipe).defaults, concepts, replace_with, keep, preset, **settings
     )
-    language, results = None, None
+    language, results, unfinished = None, None, None
     if cache is not None:
         language = LanguageStore(Path(cache) / "language")
         results = ResultStore(Path(cache) / "results")
+        unfinished = UnfinishedStore(Path(cache) / "unfinished")
     # Pipelines are often used in inference mode, where nothing can be trained.
     with torch.inference_mode(False), torch.enable_grad(), _bar(progress and meter is None) as bar:
         denoiser = PipelineDenoiser(pipe, chosen.resolution, chosen.layers)
-        found = erase_with(chosen, denoiser, language, meter or Meter(bar), results)
+        found = erase_with(
+            chosen, denoiser, language, meter or Meter(bar), results, unfinished=unfinished
+        )
     layers = unnamed_layers(network_of(pipe), family_of(pipe), found.factors)
     record = {**found.record, LAYERS_KEY: layers} if layers else found.record
     return Erasure(found.bases, found.factors, record)
@@ -109,15 +113,13 @@ def settings_for(
 @contextmanager
 def _bar(shown: bool) -> Iterator[Callable[[Progress], None]]:
     """What shows the progress of a run."""
-    with tqdm(total=1, disable=not shown, unit="pass") as bar:
+    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
+    with tqdm(total=1.0, disable=not shown, bar_format=form) as bar:
 
         def show(progress: Progress) -> None:
-            bar.total = max(1, progress.total)  # the instant form plans no evaluation at all
-            bar.n = min(progress.done, bar.total)
             loss = "" if progress.loss is None else f" (loss {progress.loss:.3f})"
-            bar.set_description(progress.stage + loss, refresh=False)
-            bar.update(0)
+            bar.set_description_str(progress.stage + loss, refresh=False)
+            bar.update(max(0.0, progress.share - bar.n))
 
         yield show
-        bar.n = bar.total
-        bar.refresh()
+        bar.update(1.0 - bar.n)

@@ -13,6 +13,7 @@ from ..erase_core.settings.families import FLUX, SD1, SD2, SD2_V, SD3, SDXL, Fam
 _PREFIX = "lora_unet_"
 _CLASSES = {"SD3Transformer2DModel": SD3, "FluxTransformer2DModel": FLUX}
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.(.+)")
+_INSIDE = re.compile(r"\.(base_layer|lora_[AB]\.\w+)$")  # of a layer that carries LoRAs
 _SD2_WIDTH = 1024  # of its text encoder
 
 
@@ -51,7 +52,11 @@ def linear_layers(network: Any, family: Family) -> dict[str, nn.Linear]:
     What SDXL's files have no name for is left out. Other layers that a family doesn't name are
     called by their place in the network.
     """
-    linear = {path: m for path, m in network.named_modules() if isinstance(m, nn.Linear)}
+    linear = {
+        path: layer
+        for path, layer in network.named_modules()
+        if isinstance(getattr(layer, "base_layer", layer), nn.Linear) and not _INSIDE.search(path)
+    }
     if family is SDXL:
         per_level = network.config.layers_per_block
         named = {path: original_name(path, per_level) for path in linear}

@@ -3,9 +3,13 @@
 import sys
 from pathlib import Path
 
+# The hosts put sys.path back after each script, so the package is made and imported here.
 _FOLDER = str(Path(__file__).resolve().parents[1] / "webui" / "path")
 sys.path.insert(0, _FOLDER)
 try:
-    from concept_surgery_webui.webui import training  # noqa: F401
+    from concept_surgery_webui.webui import extension
 finally:
     sys.path.remove(_FOLDER)
+
+ConceptSurgeryScript = extension.ConceptSurgeryScript  # found by being a name of this module
+extension.register()

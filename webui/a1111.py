@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from .denoiser import WebuiDenoiser
 from .errors import UnsupportedModelError
+from .loras import lora_extension
 
 _HYBRID = ("hybrid", "concat")
 
@@ -28,7 +28,7 @@ class A1111Denoiser(WebuiDenoiser):
         from modules import devices
 
         self._devices = devices
-        self.device, self.dtype = devices.device, devices.dtype_unet
+        self.device, self.dtype = devices.device, _computed_in(devices)
         super().__init__(sd_model, *args, **named)
         if getattr(sd_model.model, "conditioning_key", "") == "crossattn-adm":
             raise UnsupportedModelError(
@@ -149,6 +149,13 @@ class _Schedule:
         return self.wrapper.t_to_sigma(time.to(self.sigmas.device))
 
 
+def _computed_in(devices: Any) -> torch.dtype:
+    """The precision of predictions: that of autocast where the host samples in it."""
+    with devices.autocast():
+        product = torch.ones(1, 1, device=devices.device) @ torch.ones(1, 1, device=devices.device)
+    return devices.dtype_unet if product.dtype == torch.float32 else product.dtype
+
+
 @contextlib.contextmanager
 def without_networks(sd_model: Any) -> Iterator[None]:
     """Inside, the LoRAs, hypernetworks and merged tokens of the last prompt are out of the model.
@@ -157,7 +164,7 @@ def without_networks(sd_model: Any) -> Iterator[None]:
     """
     from modules import sd_models, shared
 
-    networks = _lora_extension()
+    networks = lora_extension("network_apply_weights")
     hypernetworks = shared.loaded_hypernetworks
     loaded = [] if networks is None else list(networks.loaded_networks)
     sd_models.apply_token_merging(sd_model, 0)  # the next picture merges them again
@@ -168,15 +175,6 @@ def without_networks(sd_model: Any) -> Iterator[None]:
     finally:
         shared.loaded_hypernetworks = hypernetworks
         _set_networks(sd_model, networks, loaded)
-
-
-def _lora_extension() -> Any:
-    """The module of the built-in Lora extension; None where it is switched off."""
-    if "networks" not in sys.modules:
-        return None
-    import networks
-
-    return networks if hasattr(networks, "network_apply_weights") else None
 
 
 def _set_networks(sd_model: Any, networks: Any, wanted: list[Any]) -> None:

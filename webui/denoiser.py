@@ -287,6 +287,9 @@ class WebuiDenoiser(Denoiser):
         for module in twin.modules():
             # Host's LoRA code looks for its layers by this name.
             vars(module).pop("network_layer_name", None)
+            # The last picture may have been one that can be tiled.
+            if vars(module).get("padding_mode") == "circular":
+                module.padding_mode = "zeros"  # type: ignore[assignment]
             # Their own checkpointing loses the gradient of what isn't an input of the block.
             for name in ("checkpoint", "use_checkpoint"):
                 if isinstance(vars(module).get(name), bool):

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..erase_core.artefact.language_store import LanguageStore
 from ..erase_core.artefact.results import ResultStore
+from ..erase_core.artefact.unfinished import UnfinishedStore
 from . import a1111, forge
 from .denoiser import WebuiDenoiser
 from .errors import InterruptedByUserError, UnsupportedModelError
 
 Result = TypeVar("Result")
 OWN_FOLDER = "concept_surgery"
+CHEAP = 2  # the host's number for the quickest of its ways to look into a latent
+_NO_PICTURE = (ImportError, AttributeError, RuntimeError, TypeError, ValueError)
 
 
 def is_forge(sd_model: Any) -> bool:
@@ -159,13 +164,6 @@ def show_progress(stage: str, done: int, total: int) -> None:
     state.textinfo = stage
 
 
-def loras_folder() -> Path:
-    """Where the host looks for LoRAs."""
-    from modules import shared
-
-    return Path(shared.cmd_opts.lora_dir)
-
-
 def data_folder() -> Path:
     """Where finished results and what was read of ordinary language lie."""
     from modules import paths
@@ -181,3 +179,24 @@ def result_store() -> ResultStore:
 def language_store() -> LanguageStore:
     """What was read of ordinary language, by text encoder."""
     return LanguageStore(data_folder() / "language")
+
+
+def unfinished_store() -> UnfinishedStore:
+    """What runs leave that ended before their time."""
+    return UnfinishedStore(data_folder() / "unfinished")
+
+
+def picture_of(latent: Tensor) -> Any:
+    """A latent (c, h, w) as a small picture, and the host's own preview; None if it can't be."""
+    from modules import shared
+
+    try:
+        from modules import sd_samplers_common
+
+        with torch.no_grad():
+            picture = sd_samplers_common.single_sample_to_image(latent, CHEAP)
+    except _NO_PICTURE as error:  # a preview is worth no training
+        logging.info("Concept Surgery: no preview can be drawn: %s", error)
+        return None
+    shared.state.assign_current_image(picture)
+    return picture

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..erase_core import EraseSettings, Erasure, Meter, Progress, erase
 from ..erase_core.artefact.identity import USE_IF_THERE
+from ..erase_core.run.meter import Preview
 from ..erase_core.settings.families import Family
 from . import host
 
@@ -22,7 +23,7 @@ class Outcome:
 
     Attributes:
         stored: whether it was taken from the store.
-        notes: what the host could not take into account.
+        notes: what a person should know beside the record.
     """
 
     erasure: Erasure
@@ -35,6 +36,7 @@ def train(
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
     reuse: str = USE_IF_THERE,
+    preview: Callable[[Preview], None] | None = None,
 ) -> Outcome:
     """Train one erasure on the loaded model, in the host's queue.
 
@@ -43,15 +45,16 @@ def train(
     Args:
         choose: gives the settings, once the model's family is known.
         report: told how far the run is; what it raises ends it.
-        should_stop: True ends training early and keeps what was learned.
+        should_stop: True ends the run soon and keeps what was learned.
         reuse: what to do about a stored result.
+        preview: given pictures of the run, as latents.
 
     Raises:
         InterruptedByUserError: the host's Interrupt was pressed.
         UnsupportedModelError, ModelChangedError: see there.
         whatever :func:`erase_core.erase` raises.
     """
-    return host.in_turn(JOB, lambda: _train(choose, report, should_stop, reuse))
+    return host.in_turn(JOB, lambda: _train(choose, report, should_stop, reuse, preview))
 
 
 def _train(
@@ -59,22 +62,32 @@ def _train(
     report: Callable[[Progress], None],
     should_stop: Callable[[], bool],
     reuse: str,
+    preview: Callable[[Preview], None] | None,
 ) -> Outcome:
     sd_model = host.loaded_model()
 
     def told(progress: Progress) -> None:
         host.check_interrupted()
         host.show_progress(progress.stage, progress.done, progress.total)
+        if should_stop() or host.asked_to_stop():
+            meter.stop()
         report(progress)
 
-    meter = Meter(told, lambda: should_stop() or host.asked_to_stop())
+    meter = Meter(told, preview=preview)
     with host.where_gradients_are(), host.without_networks(sd_model):
         settings = choose(family_of_loaded(sd_model))
         images, size = 3 * settings.batch, settings.resolution
         with host.denoiser_of(sd_model, images, size, settings.layers) as denoiser:
-            stores = {"language_cache": host.language_store(), "results": host.result_store()}
-            erasure = erase(settings, denoiser, meter=meter, reuse=reuse, **stores)
-    return Outcome(erasure, meter.reused, host.left_out(sd_model))
+            erasure = erase(
+                settings,
+                denoiser,
+                host.language_store(),
+                meter,
+                host.result_store(),
+                reuse,
+                host.unfinished_store(),
+            )
+    return Outcome(erasure, meter.reused, _notes(sd_model, erasure, meter))
 
 
 def family_of_loaded(sd_model: Any) -> Family:
@@ -84,3 +97,12 @@ def family_of_loaded(sd_model: Any) -> Family:
         UnsupportedModelError: one that can't be trained on.
     """
     return host.denoiser_of(sd_model, 1, EraseSettings.resolution, None).known_family
+
+
+def _notes(sd_model: Any, erasure: Erasure, meter: Meter) -> list[str]:
+    notes = host.left_out(sd_model)
+    if meter.reused:
+        notes.insert(0, f"Taken from the store: trained on {erasure.record['created']}.")
+    if meter.resumed_at is not None:
+        notes.insert(0, f"Went on from step {meter.resumed_at} of an earlier run.")
+    return notes

@@ -41,7 +41,7 @@ STORED, LINES = RESULTS / "unnamed.jsonl", RESULTS / "agreement.jsonl"
 TABLE = RESULTS / "agreement.md"
 MOST, LEAST = 0.9, 0.5
 # From what leaves most of a concept to what leaves little of anything else.
-PROTECTIONS = (3000.0, 500.0, 200.0, 100.0, 1e-4)
+PROTECTIONS = (3000.0, 500.0, 1e-4)
 WEAK_AND_RUINED = {
     "emoji": (Case("cactus"), Case("pear => cherry")),
     "icons": (Case("castle"), Case("key => lock")),

@@ -180,6 +180,7 @@ class _RecordOptional(TypedDict, total=False):
     training: str
     pooled_left_out: bool
     curve: list[list[float | None]]
+    steps_added: list[list[int]]
     diffusers_layers: list[str]
 
 

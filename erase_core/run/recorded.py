@@ -54,7 +54,7 @@ def record_of(
         "measures": measures,
         "others": collateral,
         "warnings": _warnings(given, trained, exact, measures, collateral, heard),
-        **_training(settings, trained),
+        **_training(given, trained),
         "curve": thinned(given.meter.curve),
         "forward_equivalents": given.meter.spent,
         "seconds": round(time.monotonic() - given.began, 2),
@@ -62,9 +62,10 @@ def record_of(
     return cast(Record, found)
 
 
-def _training(settings: EraseSettings, trained: Trained) -> dict[str, Any]:
+def _training(given: Given, trained: Trained) -> dict[str, Any]:
     """What became of the training."""
-    edit, steps = trained.edit, len(trained.losses)
+    settings, edit, steps = given.settings, trained.edit, len(trained.losses)
+    added = given.journal.history
     did_train = trained.outcome in (TRAINED, WORSE, STOPPED)
     values = [*edit.factors.values()]
     values += edit.bases.values() if settings.form == "soft" else []
@@ -80,6 +81,7 @@ def _training(settings: EraseSettings, trained: Trained) -> dict[str, Any]:
         "ended_by": trained.ended_by,
         "gradient_apart": trained.gradient.apart if trained.gradient else None,
         "memory": trained.memory,
+        **({"steps_added": [list(one) for one in added]} if added else {}),
     }
 
 

@@ -289,6 +289,7 @@ def _gone_on(given: Given, trainer: SurgeryTrainer) -> Course | None:
     meter.curve[:] = [CurvePoint(*point) for point in part.values["curve"]]
     _plan_training(given, trainer)
     meter.at_step(len(course.losses), given.settings.steps)
+    meter.say(f"Going on from step {len(course.losses)} of {given.settings.steps}")
     return course
 
 

@@ -410,3 +410,41 @@ PIPELINES = {
     "AuraFlow": auraflow,
     "QwenImage": qwen_image,
 }
+
+
+def state_of(pipe: Any) -> dict[str, Any]:
+    """Everything of a pipeline that must be the same afterwards."""
+    found: dict[str, Any] = {"config": repr(sorted(pipe.config.items(), key=str))}
+    for name, part in pipe.components.items():
+        found[name] = id(part)
+        if isinstance(part, torch.nn.Module):
+            found[f"{name} weights"] = {
+                key: (id(p), p.requires_grad, hash(p.detach().numpy().tobytes()))
+                for key, p in part.named_parameters()
+            }
+            found[f"{name} modules"] = [
+                (m.training, list(m._forward_hooks), list(m._forward_pre_hooks), sorted(vars(m)))
+                for m in part.modules()
+            ]
+    scheduler = pipe.scheduler
+    found["scheduler"] = repr({k: v for k, v in vars(scheduler).items() if k != "generator"})
+    return found
+
+
+def latents(pipe: Any, prompt: str = "a photo of a cat", steps: int = 2) -> torch.Tensor:
+    """What a pipeline samples, before it is made a picture."""
+    before = {**vars(pipe.scheduler)}
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        drawn = pipe(
+            prompt,
+            num_inference_steps=steps,
+            height=64,
+            width=64,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        )
+    finally:
+        vars(pipe.scheduler).clear()
+        vars(pipe.scheduler).update(before)
+    return drawn.images.float()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tools.environment import HOST
 
@@ -57,7 +59,30 @@ class FakeHost:
         else:
             sd_models.model_data.sd_model = model
         self.model = model
+        self._name_layers()
         return model
+
+    def _name_layers(self) -> None:
+        """What each host's LoRA code calls the layers."""
+        from concept_surgery.erase_core.settings.families import SD1, SDXL
+        from concept_surgery.webui.names import trained_paths
+
+        family = SDXL if getattr(self.model, "is_sdxl", False) else SD1
+        paths = trained_paths(self.network, family)
+        if self.kind == "a1111":
+            for name, path in paths.items():
+                self.network.get_submodule(path).network_layer_name = name
+        else:
+            inner = self.model.forge_objects_original.unet.model
+            inner.layers_by_name = {n: f"diffusion_model.{path}" for n, path in paths.items()}
+
+    def draw(self, prompt: str, **named):
+        """A picture, drawn as the host draws: the latents, and what is written about it."""
+        from modules import processing
+
+        p = processing.StableDiffusionProcessingTxt2Img(self.model, prompt, **named)
+        done = processing.process_images(p)
+        return p, done
 
     @property
     def network(self):
@@ -65,6 +90,13 @@ class FakeHost:
         if self.kind == "a1111":
             return model.model.diffusion_model
         return model.forge_objects_original.unet.model.diffusion_model
+
+    def hashes_of_bytes(self) -> list[int]:
+        """The same for weights of types that numpy doesn't know."""
+        return [
+            hash(bytes(w.detach().flatten().view(torch.uint8).numpy()))
+            for w in self.network.parameters()
+        ]
 
     def hashes(self) -> dict[str, int]:
         """What the network holds, and how."""
@@ -100,6 +132,10 @@ def fake_of(kind: str, folder: Path) -> Iterator[FakeHost]:
     before = list(sys.path)
     _forget()
     sys.path[:0] = [str(HERE / kind), str(HERE / "common")]
+    if find_spec("gradio") is None:
+        sys.path.append(str(HERE / "gradio_fake"))
+    import networks  # noqa: F401  # the host's Lora extension has imported it
+
     try:
         yield FakeHost(kind, folder)
     finally:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import zlib
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ from torch import nn
 WIDTH, POOLED, CHUNK = 64, 48, 12
 START, END, PAD, WORDS = 900, 901, 901, 3000
 SIZES = 6 * 256
+SHARED: dict = {}  # a default that the hosts' functions write into
 DIFFUSION_STEPS = 1000
 _SMALL_CHANNELS, _HEADS = 32, 4
 
@@ -216,7 +216,14 @@ class KModel(nn.Module):
         return torch.float32
 
     def apply_model(
-        self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **named
+        self,
+        x,
+        t,
+        c_concat=None,
+        c_crossattn=None,
+        control=None,
+        transformer_options=SHARED,
+        **named,
     ):
         assert "used" not in transformer_options, "the default dictionary is shared by all calls"
         transformer_options["used"] = True
@@ -294,8 +301,10 @@ class FakeForgeEngine:
         self.clip_skip = clip_skip
 
     def get_learned_conditioning(self, prompts):
-        management = sys.modules.get("backend.memory_management")
-        management = management or sys.modules["ldm_patched.modules.model_management"]
+        try:
+            from backend import memory_management as management
+        except ImportError:
+            from ldm_patched.modules import model_management as management
         management.load_model_gpu(self.forge_objects.clip.patcher)
         given = self.encoder_of_tests(list(prompts))
         if not self.is_sdxl:
@@ -378,7 +387,7 @@ def in_place_block(kind):
     class BasicTransformerBlock(kind):
         checkpoint = False
 
-        def forward(self, x, context=None, transformer_options={}):
+        def forward(self, x, context=None, transformer_options=SHARED):
             x += self.attn1(self.norm1(x))
             x += self.attn2(self.norm2(x), context=context)
             skip = x

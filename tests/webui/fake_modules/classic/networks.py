@@ -1,4 +1,4 @@
-"""Fake of Classic's Lora extension: a clone of the patcher has the patches, by file and strength."""
+"""Fake of Classic's Lora extension: a clone of the patcher has the patches, by file."""
 
 import os
 from types import SimpleNamespace

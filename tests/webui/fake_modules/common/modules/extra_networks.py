@@ -27,3 +27,18 @@ def parse_prompt(prompt):
         return ""
 
     return _TAG.sub(take, prompt), found
+
+
+def activate(p, extra_network_data):
+    """As the hosts' Lora extension: what a prompt doesn't name is taken out."""
+    import networks
+
+    found = extra_network_data.get("lora", [])
+    names = [params.positional[0] for params in found]
+    strengths = [
+        float(params.positional[1]) if len(params.positional) > 1 else 1.0 for params in found
+    ]
+    networks.load_networks(names, strengths, strengths, [None] * len(names))
+    objects = getattr(p.sd_model, "forge_objects_after_applying_lora", None)
+    if objects is not None:
+        p.sd_model.forge_objects = objects.shallow_copy()

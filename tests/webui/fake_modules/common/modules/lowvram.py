@@ -30,6 +30,9 @@ def setup_for_low_vram(sd_model, use_medvram):
         sd_model.model.register_forward_pre_hook(send_me_to_gpu)
         return
     network = sd_model.model.diffusion_model
-    blocks = [network.time_embed, network.middle_block]
-    for block in [*blocks, *network.input_blocks, *network.output_blocks]:
+    blocks = [network.time_embed, *network.middle_block.children()]
+    # ComfyUI's U-Net calls the layers of these blocks, Automatic1111's the blocks.
+    for block in [*network.input_blocks, *network.output_blocks]:
+        blocks += block.children()
+    for block in blocks:
         block.register_forward_pre_hook(send_me_to_gpu)
