@@ -19,7 +19,7 @@ from .record import GUIDANCE, KEYS_AND_VALUES, STOPPED
 UNTOLD, THERE, TRACES, GONE = "can't be told", "not gone", "traces may remain", "gone"
 OUTCOMES = (UNTOLD, THERE, TRACES, GONE)
 # It must move this share of the way to be gone, and this share to have left no more than traces: at
-# .49 to .67 the emoji model still drew it in 30 of 32 pictures (benchmarks/unnamed/agreement.py).
+# .42 to .67 the emoji model still drew it in 31 of 32 pictures (benchmarks/unnamed/agreement.py).
 GONE_FROM, TRACES_FROM = 0.8, 0.7
 # What is called exact moves no more than this, relative to itself.
 EXACT = 1e-5

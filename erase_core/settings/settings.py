@@ -98,7 +98,7 @@ class EraseSettings:
     # Fixed ridges that were better on the erasures they were chosen on were no better on others.
     protection: float | None = None
     # At .1, two to three times as many keep prompts were exact on two models. On the emoji other
-    # words changed by a hundredth more, on the icons by up to eight (benchmarks/unnamed/exactness).
+    # words changed by a hundredth more, on the icons by three (benchmarks/unnamed/exactness.py).
     keep_room: float = 0.25
     # 0 moves the null prompt by .4 %, 1 by .3, 10 by .2: none comes near the hard form.
     drift_weight: float = 1.0

@@ -55,7 +55,11 @@ def test_the_installer_installs_nothing(host):
 
 def _site_packages(python: os.PathLike[str]) -> list[str]:
     listed = subprocess.run(
-        [str(python), "-c", "import os,sys;print([os.listdir(p) for p in sys.path if 'site-' in p])"],
+        [
+            str(python),
+            "-c",
+            "import os,sys;print([os.listdir(p) for p in sys.path if 'site-' in p])",
+        ],
         capture_output=True,
         text=True,
         timeout=60,
