@@ -107,7 +107,7 @@ def test_the_page_is_told_all_the_way(server, stopped):
     kinds = {picture["kind"]: picture for picture in last["pictures"]}
     assert set(kinds) == {"erased", "kept", "drawn"} and kinds["erased"]["label"] == "cat"
     for picture in last["pictures"]:
-        assert picture["now"].startswith("data:image/jpeg;base64,")
+        assert picture["now"].startswith("ffd8") and bytes.fromhex(picture["now"])
     # For who loads the page again, and for who is served out of the host's cache.
     (again,) = [
         run

@@ -87,7 +87,9 @@ def test_a_training_is_watched_stopped_reloaded_and_gone_on_with(server, browser
     seed = list(RENDERERS).index(renderer) + 50
     queue(browser, training(seed))
     browser.wait_for(f"{VIEW}?.innerText.includes('Training, step')", 240)
-    browser.wait_for(f"{VIEW}.querySelectorAll('polyline')[0].getAttribute('points').length > 40")
+    browser.wait_for(f"Number({VIEW}.querySelector('canvas').dataset.points) > 2")
+    painted = "getContext('2d').getImageData(0, 0, 600, 160).data.filter((byte) => byte).length"
+    assert browser.run(f"{VIEW}.querySelector('canvas').{painted}") > 1000
     browser.wait_for(f"{VIEW}.querySelectorAll('img').length >= 2")
     assert browser.run(f"{VIEW}.getBoundingClientRect().height") > 100
     text = browser.run(f"{VIEW}.innerText")
