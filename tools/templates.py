@@ -350,8 +350,9 @@ def _trained(graph: Workflow, template: Template, loader: int) -> int:
     height = 900
     if template.resolution:
         values = [*EXPERT[:-2], template.resolution, EXPERT[-1]]
-        box, outputs = (480, 1050, 420, 680), (("SETTINGS", "ERASE_SETTINGS"),)
-        settings = graph.add("ConceptSurgerySettings", box, values, outputs=outputs)
+        wire = (("SETTINGS", "ERASE_SETTINGS"),)
+        box = (480, 1050, 420, 680)
+        settings = graph.add("ConceptSurgerySettings", box, values, outputs=wire)
         inputs["settings"] = ("ERASE_SETTINGS", (settings, 0))
         height = 1700
     outputs = (("ERASURE", "ERASURE"), ("losses", "LOSS_MAP"), ("report", "STRING"))
