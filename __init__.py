@@ -9,9 +9,10 @@ async def comfy_entrypoint():
     """Called by ComfyUI when it loads the pack. Nothing of the host is imported before."""
     from server import PromptServer
 
-    from .nodes import ConceptSurgeryExtension, downstream, refusals
+    from .nodes import ConceptSurgeryExtension, downstream, refusals, routes
 
     server = getattr(PromptServer, "instance", None)
     refusals.install(server)
     downstream.install(server)
+    routes.add_routes(server)
     return ConceptSurgeryExtension()

@@ -8,6 +8,8 @@ from .apply import ApplyErasure
 from .compare import CompareErasure
 from .files import LoadErasure, SaveErasure
 from .join import JoinErasures
+from .purify import PurifyImage
+from .report import ErasureReport
 from .settings import ErasureSettings
 from .take_out import TakeConceptsOut
 from .train import TrainErasure
@@ -23,6 +25,8 @@ class ConceptSurgeryExtension(ComfyExtension):
             ErasureSettings,
             ApplyErasure,
             CompareErasure,
+            ErasureReport,
+            PurifyImage,
             JoinErasures,
             TakeConceptsOut,
             SaveErasure,

@@ -58,7 +58,7 @@ class SaveErasure(io.ComfyNode):
                 "loaders, at strength 1. A description, and the picture if one is connected, lie "
                 "beside it for programs that list LoRAs."
             ),
-            search_aliases=["save LoRA", "export erasure", "erase", "remove"],
+            search_aliases=["save LoRA", "export erasure"],
             inputs=[
                 ErasureType.Input("erasure"),
                 io.String.Input(
@@ -170,7 +170,7 @@ class LoadErasure(io.ComfyNode):
             display_name="Load Erasure",
             category=CATEGORY,
             description="Reads an erasure that was saved into models/loras.",
-            search_aliases=["load LoRA", "open erasure", "erase", "remove"],
+            search_aliases=["load LoRA", "open erasure"],
             inputs=[
                 io.Combo.Input(
                     "filename",

@@ -21,15 +21,27 @@ _FAILED = "custom_validation_failed"
 _INPUTS = {"concepts": "erase", "seed": "training_seed"}
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where a sentence belongs.
 
     Attributes:
         name: the input that it is about.
-        told_at: the one input that its node names for all of them; "" if the node names each.
+        node_id: of the node that has this input; "" where that is the node that says it.
     """
 
     name: str
+    node_id: str = ""
+
+
+class _Said(NamedTuple):
+    """What is remembered of a sentence.
+
+    Attributes:
+        place: where it belongs.
+        told_at: the one input that its node names for all of them; "" if the node names each.
+    """
+
+    place: Place
     told_at: str
 
 
@@ -45,11 +57,17 @@ class _Sent(NamedTuple):
     odd: Mapping[tuple[str, str], Any]
 
 
-_place_of: OrderedDict[str, _Place] = OrderedDict()
+_said: OrderedDict[tuple[str, str], _Said] = OrderedDict()  # by the node that says it, and text
 _sent: ContextVar[_Sent | None] = ContextVar("graph that is being answered", default=None)
 
 
-def refusal(error: ValueError, node: Any, only_input: str = "", told_at: str = "") -> str:
+def refusal(
+    error: ValueError,
+    node: Any,
+    only_input: str = "",
+    told_at: str = "",
+    elsewhere: Place | None = None,
+) -> str:
     """What a node's ``validate_inputs`` returns about an error, said under the node as well.
 
     A graph of which another part is in order runs, and its front end then shows no dialog.
@@ -59,13 +77,16 @@ def refusal(error: ValueError, node: Any, only_input: str = "", told_at: str = "
         only_input: the input that it is about, where the error doesn't say.
         told_at: the input that the node names for all of them, if it names one alone. The
             sentence is moved from there to where it belongs.
+        elsewhere: the input of another node that it is about.
     """
     setting = getattr(error, "setting", "")
     text = shown(str(error))
-    _place_of[text] = _Place(_INPUTS.get(setting, setting) or only_input, told_at)
-    while len(_place_of) > REMEMBERED:
-        _place_of.popitem(last=False)
-    warn(text, id_of(node))
+    place = elsewhere or Place(_INPUTS.get(setting, setting) or only_input)
+    said_by = id_of(node)
+    _said[said_by or "", text] = _Said(place, told_at)
+    while len(_said) > REMEMBERED:
+        _said.popitem(last=False)
+    warn(text, place.node_id or said_by)
     return text
 
 
@@ -84,15 +105,10 @@ def sent_values(node: Any) -> dict[str, Any]:
     return dict(_values_of(id_of(node)))
 
 
-def sent_values_behind(node: Any, name: str) -> dict[str, Any]:
-    """The same of the node that is linked to an input."""
+def sent_behind(node: Any, name: str) -> tuple[str, dict[str, Any]] | None:
+    """The id of the node that is linked to an input, and its values likewise; None if none is."""
     link = _inputs_of(id_of(node)).get(name)
-    return dict(_values_of(link[0])) if link is not None and is_link(link) else {}
-
-
-def is_linked(node: Any, name: str) -> bool:
-    """Whether the graph that is being answered has a link at an input."""
-    return is_link(_inputs_of(id_of(node)).get(name))
+    return (link[0], dict(_values_of(link[0]))) if link is not None and is_link(link) else None
 
 
 def unwrapped(value: Any) -> Any:
@@ -152,11 +168,10 @@ def told_once(answer: bytes) -> bytes:
         return answer
     try:
         content = json.loads(answer)
-        nodes = content["node_errors"].values()
+        nodes = dict(content["node_errors"].items())
     except (ValueError, KeyError, TypeError, AttributeError):  # the answer of another route
         return answer
-    for node in nodes:
-        node["errors"] = _at_their_inputs(node["errors"])
+    content["node_errors"] = _at_their_inputs(nodes)
     return json.dumps(content).encode()
 
 
@@ -180,29 +195,47 @@ def install(server: Any) -> None:
         app.on_response_prepare.append(put_right)
 
 
-def _at_their_inputs(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Errors of one node; of each of our sentences the one at its input, else the first.
+def _at_their_inputs(nodes: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Errors by node; of each of our sentences the one at its input, else the first.
 
     Where the host has something to say about the same input, ours is left out.
     """
-    kept: dict[Any, dict[str, Any]] = {}
+    kept: dict[str, dict[Any, dict[str, Any]]] = {}
     theirs = set()
-    for number, error in enumerate(errors):
-        name = error.get("extra_info", {}).get("input_name", "")
-        text = error.get("details", "").removeprefix(f"{name} - ")
-        place = _place_of.get(text) if error.get("type") == _FAILED else None
-        if place is None:
-            theirs.add(name)
-        elif place.told_at == name != place.name:
-            error = _moved(error, text, place.name)
-        key = number if place is None else text
-        if key not in kept or (place is not None and name == place.name):
-            kept[key] = error
-    return [
-        error
-        for key, error in kept.items()
-        if isinstance(key, int) or error["extra_info"]["input_name"] not in theirs
-    ]
+    for node_id, node in nodes.items():
+        for number, error in enumerate(node["errors"]):
+            name = error.get("extra_info", {}).get("input_name", "")
+            text = error.get("details", "").removeprefix(f"{name} - ")
+            said = _said.get((node_id, text)) or _said.get(("", text))
+            if said is None or error.get("type") != _FAILED:
+                theirs.add((node_id, name))
+                kept.setdefault(node_id, {})[node_id, number] = error
+                continue
+            place, at = said.place, node_id
+            if said.told_at == name:
+                error, at = _moved(error, text, place.name), place.node_id or node_id
+            of_one = kept.setdefault(at, {})
+            if text not in of_one or error["extra_info"]["input_name"] == place.name:
+                of_one[text] = error
+    return {
+        at: {**(nodes.get(at) or _like(nodes, at)), "errors": left}
+        for at, of_one in kept.items()
+        if (left := [e for k, e in of_one.items() if k not in _ours_beside(at, of_one, theirs)])
+    }
+
+
+def _ours_beside(at: str, errors: Mapping[Any, dict[str, Any]], theirs: set[Any]) -> set[str]:
+    """Those of our sentences at a node that the host has something to say at the input of."""
+    ours = {key: error for key, error in errors.items() if isinstance(key, str)}
+    return {key for key, one in ours.items() if (at, one["extra_info"]["input_name"]) in theirs}
+
+
+def _like(nodes: Mapping[str, dict[str, Any]], node_id: str) -> dict[str, Any]:
+    """What the host says of a node with errors, of one that it has none for."""
+    sent = _sent.get()
+    node = sent.prompt.get(node_id, {}) if sent else {}
+    kind = node.get("class_type", "") if isinstance(node, Mapping) else ""
+    return {**next(iter(nodes.values())), "class_type": kind}
 
 
 def _moved(error: dict[str, Any], text: str, name: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from ..erase_core.settings.layers import LAYER_RULES
 from ..erase_core.settings.settings import FORMS, NULL_SCORES
 from ..erase_core.settings.texts import label
 from ..erase_core.settings.widgets import AS_PRESET, AUTO, check_choice, settings_of
-from .refusals import refusal, sent_values
 from .schema import CATEGORY, SettingsType, compatible
 
 TITLE = "Erasure Settings"
@@ -22,7 +21,11 @@ _OPTIONAL = {"optional": True}
 
 
 class ErasureSettings(io.ComfyNode):
-    """Expert values in, one wire for Train Concept Erasure out."""
+    """Expert values in, one wire for Train Concept Erasure out.
+
+    What can't work is refused by that node, which knows what it is wanted for, and said at the
+    input here that is wrong. The host checks the range of each number.
+    """
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -51,19 +54,6 @@ class ErasureSettings(io.ComfyNode):
             outputs=[SettingsType.Output("settings", display_name="SETTINGS")],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, templates: str | None = None) -> bool | str:
-        """Refuse what can't work in any run; the host checks the range of each number.
-
-        It is told once, as the host repeats it for each input that is named here.
-        """
-        given = sent_values(cls) or {"templates": templates}
-        try:
-            refuse_impossible(expert_values(given))
-        except SettingsError as error:
-            return refusal(error, cls, told_at="templates")
-        return True
 
     @classmethod
     def execute(cls, **values: Any) -> io.NodeOutput:
@@ -220,6 +210,15 @@ def _inputs() -> list[Any]:
             100_000,
             "Plain captions, and nearly as many words of the text encoder's own, that stand for "
             "the rest of the language." + preset,
+        ),
+        _float(
+            "keep_room",
+            "Room beside kept prompts",
+            (0.02, 1.0),
+            EraseSettings.keep_room,
+            "Hard form: the share of a concept that prompts kept exactly must leave to it. With "
+            "less room more of them are exact, and other words change more; the report says how "
+            "much. Below 0.1 they changed a lot on one of two models.",
         ),
     ]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from comfy_api.v0_0_2 import io
@@ -11,26 +10,13 @@ from comfy_api.v0_0_2 import io
 from ..erase_core import KINDS, PRESETS, Erasure
 from ..erase_core.artefact.identity import REUSE, USE_IF_THERE
 from ..erase_core.settings.prompts import prompt_pairs
-from ..erase_core.settings.texts import SettingsError, label
+from ..erase_core.settings.texts import SettingsError
 from ..erase_core.settings.widgets import MODEL_TYPES
 from .families import trainable_family
-from .refusals import (
-    is_link,
-    is_linked,
-    refusal,
-    sent_values,
-    sent_values_behind,
-    unwrapped,
-)
+from .refusals import Place, is_link, refusal, sent_behind, sent_values, unwrapped
 from .runs import refuse_without_clip, report_of, run_to_end
 from .schema import CATEGORY, ErasureType, SettingsType, compatible
-from .settings import (
-    EXPERT,
-    TITLE,
-    expert_values,
-    refuse_impossible,
-    settings_from_widgets,
-)
+from .settings import EXPERT, TITLE, expert_values, settings_from_widgets
 
 LINKED = "concept from a link"  # stands for a concept that isn't known yet
 # What people call it, and the methods that it stands among.
@@ -117,13 +103,15 @@ class TrainErasure(io.ComfyNode):
             "stored_result": stored_result,
         }
         given = sent_values(cls) or {k: v for k, v in typed.items() if v is not None}
+        behind, wired = sent_behind(cls, "settings") or ("", None)
+        if wired is not None:  # there may be a node between that passes it on
+            wired = {name: wired[name] for name in EXPERT if name in wired}
         try:
-            wired = _values_behind(cls)
             widgets = widgets_of({"erase": LINKED, **given}, wired)
-            with _told_of(wired):
-                prompt_pairs(settings_from_widgets(widgets))
+            prompt_pairs(settings_from_widgets(widgets))
         except SettingsError as error:
-            return refusal(error, cls, told_at="erase")
+            there = Place(error.setting, behind) if error.setting in (wired or {}) else None
+            return refusal(error, cls, told_at="erase", elsewhere=there)
         return True
 
     @classmethod
@@ -133,12 +121,12 @@ class TrainErasure(io.ComfyNode):
         """Train, with the host's progress bar and cancel button."""
         refuse_without_clip(clip)
         widgets = widgets_of({**undeclared_values(cls.hidden), **widgets}, settings)
-        with _told_of(settings):
-            asked = settings_from_widgets(widgets, trainable_family(model))
+        asked = settings_from_widgets(widgets, trainable_family(model))
         reuse = widgets.get("stored_result", USE_IF_THERE)
-        erasure, stored = run_to_end(model, clip, asked, cls.hidden, reuse)
-        report = report_of(erasure, stored, model, cls.hidden.unique_id)
-        return io.NodeOutput(erasure, {"loss": _loss_curve(erasure)}, report)
+        ran = run_to_end(model, clip, asked, cls.hidden, reuse)
+        report = report_of(ran, model, cls.hidden.unique_id)
+        losses = {"loss": _loss_curve(ran.erasure)}
+        return io.NodeOutput(ran.erasure, losses, report, ui=ran.ui)
 
 
 def widgets_of(given: Mapping[str, Any], wired: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -172,33 +160,6 @@ def undeclared_values(hidden: Any) -> dict[str, Any]:
     inputs = node.get("inputs", {})
     plain = {name: unwrapped(value) for name, value in inputs.items()}
     return {name: plain[name] for name in EXPERT if name in plain and not is_link(plain[name])}
-
-
-def _values_behind(node: Any) -> dict[str, Any] | None:
-    """Expert values of the Erasure Settings that is connected in the graph that is answered.
-
-    None are known of one that refuses them itself, or that isn't connected directly.
-    """
-    if not is_linked(node, "settings"):
-        return None
-    try:
-        values = expert_values(sent_values_behind(node, "settings"))
-        refuse_impossible(values)
-    except SettingsError:
-        return {}
-    return values
-
-
-@contextmanager
-def _told_of(wired: Mapping[str, Any] | None) -> Iterator[None]:
-    """Errors about values that came by wire are about the input that it ends at."""
-    try:
-        yield
-    except SettingsError as error:
-        if not wired or error.setting not in wired:
-            raise
-        what = f"In {TITLE}, {label(error.setting)}: {error}"
-        raise SettingsError(what, "settings") from error
 
 
 def _loss_curve(erasure: Erasure) -> list[float]:
@@ -331,6 +292,8 @@ def _more_inputs() -> list[Any]:
             optional=True,
             tooltip="A finished training is kept on disk and used again where model, LoRAs, text "
             "encoder and all settings are the same. train again: replaces what is stored. "
-            "use only: an error where nothing is stored, for batches that must not train.",
+            "use only: an error where nothing is stored, for batches that must not train. "
+            "A training that was cancelled goes on by itself where it was. resume: goes on with "
+            "one that was stopped, or adds steps to a finished one.",
         ),
     ]

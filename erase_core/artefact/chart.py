@@ -6,14 +6,18 @@ Everything is boxes and lines of text at given places, so that a face needs noth
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .cautions import HARM
-from .sheet import one_line
+from .sheet import one_line, wrapped
 from .verdict import (
     GONE,
+    THERE,
+    TRACES,
+    UNTOLD,
     changed_words,
     grade,
     kept_prompts,
@@ -28,6 +32,9 @@ from .verdict import (
 WIDTH, MARGIN, TEXT, PITCH = 1024, 32, 26, 44
 NAMES, FIGURES = 340, 150  # widths of what stands at the left and at the right of the bars
 MOST_CONCEPTS, MOST_KEPT, MOST_WORDS = 4, 4, 12
+# Of the verdict: sentences, lines of each, from one line to the next, and the width of a letter
+# as a share of its height.
+MOST_SENTENCES, LINES, LINE, LETTER = 7, 3, 34, 0.52
 FULL = 1.0  # the share that is a whole bar; longer ones end there and their figure says it
 THINNEST = 3  # pixels of a bar that isn't nothing
 
@@ -40,6 +47,7 @@ GOOD: Colour = (24, 112, 60)
 BAD: Colour = (176, 42, 36)
 WORD: Colour = (32, 84, 160)
 WARNED: Colour = (196, 110, 20)
+COLOURS = {GONE: GOOD, TRACES: WARNED, THERE: BAD, UNTOLD: FAINT}
 GRADES = {"good": INK, "traces": WARNED, "harm": WARNED, "not gone": BAD, "ruin": BAD}
 NO_WORDS = "This file doesn't say what else changes."
 
@@ -115,7 +123,7 @@ def neighbour_chart(record: Mapping[str, Any]) -> Chart:
         record: the record of an erasure, of any version.
     """
     chart = Chart()
-    chart.title(verdict(record)[0], GRADES[grade(record)])
+    _verdict(chart, record)
     _concepts(chart, record)
     _kept(chart, record)
     _words(chart, changed_words(record))
@@ -123,10 +131,26 @@ def neighbour_chart(record: Mapping[str, Any]) -> Chart:
     return chart
 
 
+def _verdict(chart: Chart, record: Mapping[str, Any]) -> None:
+    """The sentences over the bars, since not every host shows text beside a picture."""
+    colour = GRADES[grade(record)]
+    for sentence in verdict(record)[:MOST_SENTENCES]:
+        for text in wrapped(one_line(sentence), WIDTH - 2 * MARGIN, LINES, _estimated):
+            chart.lines.append(Line(MARGIN, chart.height, WIDTH - 2 * MARGIN, text, colour))
+            chart.height += LINE
+        colour = INK
+
+
+def _estimated(text: str) -> float:
+    """About how wide a text is, in pixels; the letters of some scripts are as wide as high."""
+    wide = sum(unicodedata.east_asian_width(letter) in "FW" for letter in text)
+    return TEXT * (wide + LETTER * (len(text) - wide))
+
+
 def _concepts(chart: Chart, record: Mapping[str, Any]) -> None:
     chart.title("erased: how far it went")
     for concept in record["concepts"][:MOST_CONCEPTS]:
-        colour = GOOD if outcome(concept) == GONE else BAD
+        colour = COLOURS[outcome(record, concept)]
         chart.bar(concept["text"], moved(concept), way_gone(moved(concept)), colour)
     _more(chart, len(record["concepts"]) - MOST_CONCEPTS)
 

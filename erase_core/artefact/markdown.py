@@ -12,6 +12,7 @@ from .verdict import (
     GONE,
     changed_words,
     grade,
+    keep_room,
     kept_prompts,
     moved,
     names_of,
@@ -76,7 +77,9 @@ def _concepts(record: Mapping[str, Any]) -> list[str]:
         (
             escaped(" or ".join(names_of(concept))),
             escaped(concept["alternative"]) or "nothing in particular",
-            outcome(concept) if outcome(concept) == GONE else f"**{outcome(concept)}**",
+            outcome(record, concept)
+            if outcome(record, concept) == GONE
+            else f"**{outcome(record, concept)}**",
             way_gone(moved(concept)),
             percent(concept["share_left"]),
         )
@@ -169,7 +172,7 @@ def _words(record: Mapping[str, Any]) -> list[str]:
         "rounding, a hundred-thousandth at most.",
         f"**How much it shifts**: the change of {of}, relative to itself.",
         "**Room left for it**: what the exactly kept prompts leave to the concept. They must leave "
-        "a quarter.",
+        f"{percent(keep_room(record))}.",
         "**Change** of a word: how much what the model reads of it (its keys and values) changes, "
         "relative to itself. Up to 20 % is hardly seen in pictures.",
     ]

@@ -27,8 +27,8 @@ def report_numbers(record: Mapping[str, Any]) -> dict[str, Any]:
         ``schema``: 1. ``version``, ``created``, ``family``, ``base``, ``form``: of the erasure.
         ``grade``: "good", "traces", "harm", "not gone" or "ruin". ``verdict``: its sentences.
         ``concepts``: for each its ``names``, ``alternative``, ``outcome`` ("gone",
-        "traces may remain", "not gone"), ``moved`` (share of the way), ``moved_of``
-        ("prediction" or "keys and values") and ``share_left``.
+        "traces may remain", "not gone", "can't be told"), ``moved`` (share of the way),
+        ``moved_of`` ("prediction" or "keys and values") and ``share_left``.
         ``kept``, ``negative_prompts``: for each its ``text``, ``exact`` and ``drift``; a kept one
         that isn't exact has a ``reason``. ``empty_prompt``: ``exact`` and ``drift``.
         ``drift_of``: what drifts are of. ``others``: ``keys_and_values`` and ``guidance``, average
@@ -43,7 +43,7 @@ def report_numbers(record: Mapping[str, Any]) -> dict[str, Any]:
         "base": record["base"].get("name", ""),
         "grade": grade(record),
         "verdict": verdict(record),
-        "concepts": [_concept(concept) for concept in record["concepts"]],
+        "concepts": [_concept(record, concept) for concept in record["concepts"]],
         **_staying(record),
         "others": {
             "keys_and_values": others["change"] if others else None,
@@ -61,11 +61,11 @@ def report_numbers(record: Mapping[str, Any]) -> dict[str, Any]:
     return _plain(found)
 
 
-def _concept(concept: Mapping[str, Any]) -> dict[str, Any]:
+def _concept(record: Mapping[str, Any], concept: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "names": names_of(concept),
         "alternative": concept["alternative"],
-        "outcome": outcome(concept),
+        "outcome": outcome(record, concept),
         "moved": moved(concept),
         "moved_of": KEYS_AND_VALUES if concept["moved"] is None else PREDICTION,
         "share_left": concept["share_left"],

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..method.subspace import KEEP_FLOOR
 from ..settings.families import by_name
 from .cautions import guidance_change
 from .formats import concept_list
 from .record import GUIDANCE, NO_HELP, NOT_NEEDED, PREDICTION
-from .verdict import GONE, GONE_FROM, grade, moved, outcome, verdict
+from .verdict import GONE_FROM, grade, keep_room, moved, verdict
 
 WORDS_SHOWN = 8
 # What became of the training, where it wasn't run to its end.
@@ -138,7 +137,7 @@ def _why_not_exact(record: Mapping[str, Any]) -> list[str]:
         advice += ", or move it further up"
     if record["settings"]["negative_prompts"]:
         advice += ", or take a negative prompt away, which comes first"
-    least = f"at least {KEEP_FLOOR:.0%} must be left to the concept"
+    least = f"at least {keep_room(record):.0%} must be left to the concept"
     return [
         f"{one['text']!r} isn't exact because beside it only {one['share_left']:.0%} of the edit "
         f"would be left ({least}). To make it exact, {advice}."
@@ -243,7 +242,8 @@ def note_lines(record: Mapping[str, Any]) -> list[str]:
             "Made for a model that samples at guidance 1: the null prompt and negative prompts "
             "aren't used there, so put what must not change under 'keep'."
         )
-    if any(outcome(c) != GONE for c in record["concepts"] if c["moved"] is not None):
+    figures = [c["moved"] for c in record["concepts"] if c["moved"] is not None]
+    if figures and not min(figures) >= GONE_FROM:
         lines.append(
             f"The guidance moved less than {GONE_FROM:.0%} of the way: traces may remain. Try the "
             "preset 'thorough', fewer keep prompts or a lower protection."

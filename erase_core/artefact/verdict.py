@@ -9,19 +9,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..method.protection import HARM, RUIN
+from ..method.subspace import KEEP_FLOOR
 from ..settings.texts import folded
 from .cautions import harm_grade
 from .record import GUIDANCE, KEYS_AND_VALUES, STOPPED
 
-# What became of a concept, the worst first.
-THERE, TRACES, GONE = "not gone", "traces may remain", "gone"
-OUTCOMES = (THERE, TRACES, GONE)
-# It must move this share of the way to be gone, and this share to have left no more than traces.
-GONE_FROM, TRACES_FROM = 0.8, 0.5
+# What became of a concept, the worst first. Of a ruined model the figures don't tell: what it draws
+# in place of anything is no longer a picture.
+UNTOLD, THERE, TRACES, GONE = "can't be told", "not gone", "traces may remain", "gone"
+OUTCOMES = (UNTOLD, THERE, TRACES, GONE)
+# It must move this share of the way to be gone, and this share to have left no more than traces: at
+# .42 to .67 the emoji model still drew it in 31 of 32 pictures (benchmarks/unnamed/agreement.py).
+GONE_FROM, TRACES_FROM = 0.8, 0.7
 # What is called exact moves no more than this, relative to itself.
 EXACT = 1e-5
 # Kept prompts: up to the first share they shift a little, up to the second they shift.
 LITTLE, SHIFT = 0.02, 0.2
+# Below this room other words changed by tenths on one of two models; nobody is told to go there.
+LEAST_ROOM = 0.1
 # Words that change by less than this aren't named one by one.
 WORTH_NAMING = 0.01
 MOST_NAMED, MOST_KEPT = 3, 6
@@ -62,8 +67,11 @@ def verdict(record: Mapping[str, Any], say: Say | None = None) -> list[str]:
             on one line each and have nothing in them that can't be printed.
     """
     say = say or plain
-    lines = [*_harm(record), *_concepts(record, say), *_taken_out(record, say)]
-    lines += [*_stopped(record), *_kept(record, say), *_others(record, say)]
+    lines = [*_others_harmed(record), *_concepts(record, say)]
+    if grade(record) == "not gone":  # then that comes first
+        lines = [*_concepts(record, say), *_others_harmed(record)]
+    lines += [*_taken_out(record, say), *_stopped(record), *_kept(record, say)]
+    lines += _others(record, say)
     if record["measures"]["moved_held_out"] is None:
         lines.append(
             "No picture was sampled: this is judged by the words alone. The preset 'balanced' "
@@ -72,27 +80,52 @@ def verdict(record: Mapping[str, Any], say: Say | None = None) -> list[str]:
     return lines
 
 
+def harm(record: Mapping[str, Any]) -> str:
+    """ "ruin", "harm" or "": how much of what nobody named changes.
+
+    Older versions looked at no words. What they say of prompts is held against the same limits.
+    """
+    measures, others = record["measures"], record.get("others")
+    found = harm_grade(measures, others)
+    if found or others or measures.get("unnamed_of") == GUIDANCE:
+        return found
+    drift = measures["unnamed_drift"]
+    return "" if drift <= HARM else "harm" if drift <= RUIN else "ruin"
+
+
 def grade(record: Mapping[str, Any]) -> str:
     """The worst that is to be said of it: "ruin", "not gone", "harm", "traces" or "good"."""
-    harm, worst = _harm_of(record), worst_outcome(record)
-    if harm == "ruin":
-        return harm
+    changed, worst = harm(record), worst_outcome(record)
+    if changed == "ruin":
+        return changed
     if worst == THERE:
         return "not gone"
-    return harm or ("traces" if worst == TRACES else "good")
+    return changed or ("traces" if worst == TRACES else "good")
 
 
 def worst_outcome(record: Mapping[str, Any]) -> str:
     """Of the concept of which the most is left."""
-    return min(map(outcome, record["concepts"]), key=OUTCOMES.index)
+    return min((outcome(record, one) for one in record["concepts"]), key=OUTCOMES.index)
 
 
-def outcome(concept: Mapping[str, Any]) -> str:
-    """What became of a concept, one of :data:`OUTCOMES`. A figure that is no number is none."""
+def outcome(record: Mapping[str, Any], concept: Mapping[str, Any]) -> str:
+    """What became of a concept, one of :data:`OUTCOMES`. A figure that is no number is none.
+
+    A style that nothing replaces leaves traces however far the figures go: of three such styles of
+    the emoji model one picture in eight still showed them, and the figures were those of others.
+    """
+    if harm(record) == "ruin":
+        return UNTOLD
     share = moved(concept)
     if share >= GONE_FROM:
-        return GONE
+        return TRACES if removed_style(record, concept) else GONE
     return TRACES if share >= TRACES_FROM else THERE
+
+
+def removed_style(record: Mapping[str, Any], concept: Mapping[str, Any]) -> bool:
+    """Whether a concept is a style that nothing takes the place of."""
+    kind = concept.get("kind") or record["settings"].get("kind")
+    return kind == "style" and not concept["alternative"]
 
 
 def moved(concept: Mapping[str, Any]) -> float:
@@ -169,21 +202,8 @@ def listed(names: Sequence[str], most: int) -> str:
     return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else "".join(shown)
 
 
-def _harm_of(record: Mapping[str, Any]) -> str:
-    """ "ruin", "harm" or "": how much of what nobody named changes.
-
-    Older versions looked at no words. What they say of prompts is held against the same limits.
-    """
-    measures, others = record["measures"], record.get("others")
-    found = harm_grade(measures, others)
-    if found or others or measures.get("unnamed_of") == GUIDANCE:
-        return found
-    drift = measures["unnamed_drift"]
-    return "" if drift <= HARM else "harm" if drift <= RUIN else "ruin"
-
-
-def _harm(record: Mapping[str, Any]) -> list[str]:
-    found = _harm_of(record)
+def _others_harmed(record: Mapping[str, Any]) -> list[str]:
+    found = harm(record)
     if found == "ruin":
         return ["DON'T USE IT. The model is ruined for much that nobody named."]
     return ["WITH CARE. Much that nobody named changes, too."] if found else []
@@ -191,17 +211,22 @@ def _harm(record: Mapping[str, Any]) -> list[str]:
 
 def _concepts(record: Mapping[str, Any], say: Say) -> list[str]:
     """A sentence for each concept; those of which most is left come first."""
-    concepts = sorted(record["concepts"], key=lambda concept: OUTCOMES.index(outcome(concept)))
-    return [_of_concept(concept, say) for concept in concepts]
+    place = lambda concept: OUTCOMES.index(outcome(record, concept))  # noqa: E731
+    return [_of_concept(record, concept, say) for concept in sorted(record["concepts"], key=place)]
 
 
-def _of_concept(concept: Mapping[str, Any], say: Say) -> str:
+def _of_concept(record: Mapping[str, Any], concept: Mapping[str, Any], say: Say) -> str:
     name = say(" or ".join(map(short, names_of(concept))))
-    share, became = way_gone(moved(concept)), outcome(concept)
+    share, became = way_gone(moved(concept)), outcome(record, concept)
     if became == GONE:
         return f"{name} is gone ({share})."
+    if became == UNTOLD:
+        return f"Whether {name} is gone can't be told of a ruined model."
     if became == TRACES:
-        return f"TRACES MAY REMAIN: {name} is mostly gone ({share})."
+        line = f"TRACES MAY REMAIN: {name} is mostly gone ({share})."
+        if removed_style(record, concept):
+            line += " A style seldom goes whole unless another takes its place: name one."
+        return line
     return f"NOT GONE: {name} is still drawn (it went {share} of the way)."
 
 
@@ -248,7 +273,11 @@ def _shifts(drift: float) -> str:
 
 
 def _reason(record: Mapping[str, Any], entry: Mapping[str, Any], before: bool) -> str:
-    """Why a keep prompt isn't exact, and what to do about it.
+    """Why a keep prompt isn't exact, and what would make it so.
+
+    What is promised was tried on the prompts themselves, but for records of older versions. Fewer
+    words seldom do: most encoders fill their window, and a prompt takes all of it. On two of them
+    one word left 0 to 3 hundredths more room than a sentence, a replacement 14 to 30.
 
     Args:
         before: whether a keep prompt before it is exact.
@@ -257,14 +286,39 @@ def _reason(record: Mapping[str, Any], entry: Mapping[str, Any], before: bool) -
         return "in the soft form nothing is kept exactly, choose the hard form"
     if entry["exact"]:
         return "it was to stay exactly as it is and doesn't, train again in a higher precision"
-    negatives = len(record["settings"]["negative_prompts"])
-    if negatives:
-        them = "it" if negatives == 1 else "them"
-        verb = "prompt takes" if negatives == 1 else "prompts take"
-        return f"your negative {verb} its room, shorten {them}"
-    if before:
-        return "the kept prompts above it take its room, move it further up or use fewer words"
-    return "it leaves too little room to erase in, use fewer words"
+    room = keep_room(record)
+    old = "share_without_negatives" not in entry
+    if _fits(room, entry.get("share_without_negatives"), old and _negatives(record) > 0):
+        one = _negatives(record) == 1
+        them = "prompt takes its room, shorten it" if one else "prompts take its room, shorten them"
+        return f"your negative {them} or leave {'it' if one else 'them'} out"
+    if _fits(room, entry.get("share_first"), old and before):
+        return "the prompts kept before it take its room, move it to the top"
+    removed = [concept for concept in record["concepts"] if not concept["alternative"]]
+    if removed:
+        return "it would leave too little room to erase in, name what is drawn instead"
+    if LEAST_ROOM <= entry.get("share_left", 0.0) < room:
+        # Rounded down, so that it is enough.
+        enough = math.floor(100 * entry["share_left"]) / 100
+        return (
+            "it would leave too little room to erase in, set 'Room beside kept prompts' to "
+            f"{enough:g} to keep it exactly and other words less well"
+        )
+    return "it would leave too little room to erase in, fewer words help a little"
+
+
+def _negatives(record: Mapping[str, Any]) -> int:
+    return len(record["settings"]["negative_prompts"])
+
+
+def keep_room(record: Mapping[str, Any]) -> float:
+    """The least share of an edit that exact keep prompts had to leave."""
+    return record["settings"].get("keep_room") or KEEP_FLOOR
+
+
+def _fits(room: float, share: float | None, otherwise: bool) -> bool:
+    """Whether a share is enough for a keep prompt; where it isn't known, what is likely."""
+    return otherwise if share is None else share >= room
 
 
 def _others(record: Mapping[str, Any], say: Say) -> list[str]:

@@ -9,7 +9,7 @@ bottom all the same; what is missing is made.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -102,6 +102,11 @@ class Journal:
         self.keep_up()
         return made
 
+    @property
+    def history(self) -> Sequence[Sequence[int]]:
+        """For each time that steps were added, how many were done and planned until then."""
+        return tuple(self._about.get("history", ()))
+
     def known(self, name: str) -> Any:
         """A fact that an earlier run noted, its cost on the meter; None if none did."""
         fact = self._facts.get(name)
@@ -158,8 +163,14 @@ class Journal:
 
     def write(self) -> None:
         """Write all that isn't written."""
-        if self._parts is None or not (self._pending or self._noted):
+        if self._parts is None:
             return
+        if self._pending or self._noted:
+            self._write()
+        self._meter.resumable = f"{self._key}.{ABOUT}" in self._parts  # or it couldn't be written
+
+    def _write(self) -> None:
+        assert self._parts is not None
         began = self._meter.clock()
         size = 0
         about = {**self._about, "facts": self._facts, "written": time.time()}
@@ -175,7 +186,6 @@ class Journal:
         if took > 0:
             self._speed = max(1e6, size / took)
         self._noted = False
-        self._meter.resumable = True
 
     def end(self, record: Mapping[str, Any]) -> None:
         """Keep what the run left if it may be gone on with, else forget it.
@@ -189,7 +199,8 @@ class Journal:
         else:
             self._pending.clear()
             forget(self._parts, self._key)
-        self._meter.resumable = not record["complete"] and not diverged and bool(self._parts)
+            self._meter.resumable = False
+        self._meter.resumable &= not record["complete"]
 
     def _read(self, name: str) -> Part | None:
         if self._parts is None or not self._source:

@@ -375,6 +375,9 @@ class MeteredDenoiser(Denoiser):
     def noisy_latent(self, noise: Tensor, sigma: Tensor) -> Tensor:
         return self._denoiser.noisy_latent(noise, sigma)
 
+    def noisy_picture(self, picture: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return self._denoiser.noisy_picture(picture, noise, sigma)
+
     def loss_weight(self, sigma: Tensor) -> Tensor:
         return self._denoiser.loss_weight(sigma)
 

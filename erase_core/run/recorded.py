@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, cast
 
-from ..artefact.cautions import harm_warnings, training_warnings, unknown_warnings
+from ..artefact.cautions import harm_warnings, room_warnings, training_warnings, unknown_warnings
 from ..artefact.record import STOPPED, TRAINED, WORSE, Record
 from ..files.fingerprint import fingerprint
 from ..method.closed_form import ClosedForm
@@ -53,8 +53,8 @@ def record_of(
         "harm": solution.harm if solution else None,
         "measures": measures,
         "others": collateral,
-        "warnings": _warnings(given, trained, measures, collateral, heard),
-        **_training(settings, trained),
+        "warnings": _warnings(given, trained, exact, measures, collateral, heard),
+        **_training(given, trained),
         "curve": thinned(given.meter.curve),
         "forward_equivalents": given.meter.spent,
         "seconds": round(time.monotonic() - given.began, 2),
@@ -62,9 +62,10 @@ def record_of(
     return cast(Record, found)
 
 
-def _training(settings: EraseSettings, trained: Trained) -> dict[str, Any]:
+def _training(given: Given, trained: Trained) -> dict[str, Any]:
     """What became of the training."""
-    edit, steps = trained.edit, len(trained.losses)
+    settings, edit, steps = given.settings, trained.edit, len(trained.losses)
+    added = given.journal.history
     did_train = trained.outcome in (TRAINED, WORSE, STOPPED)
     values = [*edit.factors.values()]
     values += edit.bases.values() if settings.form == "soft" else []
@@ -80,6 +81,7 @@ def _training(settings: EraseSettings, trained: Trained) -> dict[str, Any]:
         "ended_by": trained.ended_by,
         "gradient_apart": trained.gradient.apart if trained.gradient else None,
         "memory": trained.memory,
+        **({"steps_added": [list(one) for one in added]} if added else {}),
     }
 
 
@@ -94,6 +96,7 @@ def thinned(curve: Sequence[CurvePoint], most: int = CURVE_POINTS) -> list[list[
 def _warnings(
     given: Given,
     trained: Trained,
+    exact: ExactSet,
     measures: Mapping[str, Any],
     collateral: Mapping[str, Any] | None,
     heard: Heard,
@@ -103,6 +106,7 @@ def _warnings(
     return [
         *harm_warnings(settings, measures, collateral),
         *training_warnings(settings, trained.outcome),
+        *room_warnings(settings, exact),
         *unknown_warnings(heard.language.unknown if heard.language else 0.0),
         *given.prompts.warnings,
         *prompt_warnings(settings),

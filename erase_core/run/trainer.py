@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -91,18 +91,19 @@ class Ridge:
 
 @dataclass
 class Seen:
-    """What came by in the latest batch, detached.
+    """What came by in the latest batch, or in its last part, small enough to keep on the device.
 
     Attributes:
-        index: its states, (n,); those of its last part where it was taken in parts.
-        guidance: the edited model's guidance term at them, (n, c, h, w).
-        drift: of the null prompt's prediction, likewise; None where it wasn't asked.
+        left: of the concept, (); None before any.
+        drift: of the null prompt, squared, in shares of the way that the concept goes, ();
+            None where it wasn't asked.
+        watched: a state that is watched and the edited model's guidance term at it, (c, h, w).
         changes: what each ridge gave.
     """
 
-    index: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    guidance: Tensor = field(default_factory=lambda: torch.zeros(0))
+    left: Tensor | None = None
     drift: Tensor | None = None
+    watched: tuple[int, Tensor] | None = None
     changes: Sequence[Tensor] = ()
 
 
@@ -194,6 +195,7 @@ class SurgeryTrainer:
         self._loss_scale = LOSS_SCALE if denoiser.dtype is torch.float16 else 1.0
         self._steps_done = 0
         self._seen = Seen()
+        self.watched: Collection[int] = ()  # states whose pictures somebody wants to see
 
     def fit_to_memory(self) -> None:
         """Choose how a batch goes through the model, from one forward and what is free.
@@ -315,7 +317,7 @@ class SurgeryTrainer:
             asked.append((kept, [self._pool.kept[i] for i in kept.index.tolist()]))
         guidance, *others = self._guidance(asked, edit)
         drift = others.pop(0) if self._asks_null else None
-        self._seen = Seen(index, guidance.detach(), None if drift is None else drift.detach())
+        self._look(index, guidance, drift)
         kept_drifts = [g - asked[-1][0].g_erased.to(g) for g in others]
         return self._scale * surgery_loss(
             guidance,
@@ -430,21 +432,27 @@ class SurgeryTrainer:
         nothing is known of them, that of the null prompt's prediction in shares of the way that
         the concept goes. Nothing is predicted for it.
         """
-        seen, states = self._seen, self._pool.states
-        weight = self._weight(states.sigma[seen.index]).to(seen.guidance.device)
-        target = self._targets[seen.index].to(seen.guidance)
-        left = self._scale * float(weighted_error(seen.guidance - target, weight))
+        seen = self._seen
         pairs = zip(self._ridges, seen.changes, strict=True)
-        changes = [c for ridge, value in pairs if (c := ridge.change(value)) is not None]
-        if changes:
-            return left, max(changes)
-        if seen.drift is None:
-            return left, None
-        return left, (self._scale * float(weighted_error(seen.drift, weight))) ** 0.5
+        drifts = [c for ridge, value in pairs if (c := ridge.change(value)) is not None]
+        if not drifts and seen.drift is not None:
+            drifts = [float(seen.drift) ** 0.5]
+        return float("nan") if seen.left is None else float(seen.left), max(drifts, default=None)
 
-    def latest(self) -> tuple[Tensor, Tensor]:
-        """States of the latest batch, (n,), and the edited model's guidance term at them."""
-        return self._seen.index, self._seen.guidance
+    def latest_watched(self) -> tuple[int, Tensor] | None:
+        """A state of the latest batch that is watched, and the guidance term at it, (c, h, w)."""
+        return self._seen.watched
+
+    def _look(self, index: Tensor, guidance: Tensor, drift: Tensor | None) -> None:
+        """Remember of a batch what people see of it."""
+        with torch.no_grad():
+            weight = self._weight(self._pool.states.sigma[index]).to(guidance.device)
+            error = guidance - self._targets[index].to(guidance)
+            left = self._scale * weighted_error(error, weight)
+            drifted = None if drift is None else self._scale * weighted_error(drift, weight)
+        places = [p for p, row in enumerate(index.tolist()) if row in self.watched][:1]
+        watched = [(int(index[p]), guidance[p].detach().clone()) for p in places]
+        self._seen = Seen(left, drifted, watched[0] if watched else None)
 
     def state(self) -> Part:
         """All that the next step depends on, but for the states and the settings."""

@@ -180,7 +180,7 @@ def _try(given: Given, start: Start, choice: RidgeChoice, states: States) -> Tra
     meter, wanted, done = given.meter, given.settings.trial_steps, 0
     trainer = _trainer(given, start, states, None)
     gradient = _check_gradient(given, trainer, None)
-    watch = Watch(given, states)
+    watch = Watch(given, states, trainer)
     with meter.part("trial"):
         try:
             for index in islice(trainer.batches(), wanted):
@@ -189,7 +189,7 @@ def _try(given: Given, start: Start, choice: RidgeChoice, states: States) -> Tra
                 done += 1
                 meter.say(f"Trying whether training helps, step {done}")
                 trainer.step(index)
-                watch.show(*trainer.latest())
+                watch.show()
         except DivergedError as error:
             return Trained(start.edit, NO_HELP, ended_by=str(error), gradient=gradient)
         if done < wanted:
@@ -249,7 +249,7 @@ def _train(given: Given, start: Start, states: States, gradient: Checked | None)
     meter = given.meter
     trainer = _trainer(given, start, states, sample_kept(given))
     course = _gone_on(given, trainer) or _begun(given, trainer, gradient)
-    batches, watch = trainer.batches(), Watch(given, states)
+    batches, watch = trainer.batches(), Watch(given, states, trainer)
     before = meter.spent
     with meter.part("training"):
         meter.skip(course.cost)
@@ -262,7 +262,7 @@ def _train(given: Given, start: Start, states: States, gradient: Checked | None)
             if not _step(given, trainer, course, index):
                 break
             meter.point(*trainer.left_and_drift())
-            watch.show(*trainer.latest())
+            watch.show()
     if not course.losses:
         refuse_nothing(given, start)
     return Trained(
@@ -289,6 +289,7 @@ def _gone_on(given: Given, trainer: SurgeryTrainer) -> Course | None:
     meter.curve[:] = [CurvePoint(*point) for point in part.values["curve"]]
     _plan_training(given, trainer)
     meter.at_step(len(course.losses), given.settings.steps)
+    meter.say(f"Going on from step {len(course.losses)} of {given.settings.steps}")
     return course
 
 

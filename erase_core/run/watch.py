@@ -17,6 +17,7 @@ from ..method.guidance import SIGMA_FLOOR
 from .given import Given
 from .meter import DRAWN, ERASED, KEPT, Preview
 from .states import States
+from .trainer import SurgeryTrainer
 
 # Which steps of a trajectory are shown, in shares of it; and the one that is shown of several.
 SHOWN, BEST = (0.2, 0.6), 0.4
@@ -30,30 +31,26 @@ class Watch:
     Args:
         given: the run's.
         states: those that are trained on.
+        trainer: what trains on them.
     """
 
-    def __init__(self, given: Given, states: States) -> None:
-        self._given, self._states = given, states
+    def __init__(self, given: Given, states: States, trainer: SurgeryTrainer) -> None:
+        self._given, self._states, self._trainer = given, states, trainer
+        if given.meter.preview is None:
+            return
         steps = given.settings.sampling_steps
         # States are sampled side by side, step by step: the first of every step are one trajectory.
         alike = (states.sigma == states.sigma[0]).long()
         count = int(alike.cumprod(0).sum())
         first, last = (round(share * steps) for share in SHOWN)
-        self._rows = {count * step for step in range(first, max(last, first + 1))}
+        trainer.watched = {count * step for step in range(first, max(last, first + 1))}
 
-    def show(self, index: Tensor, guidance: Tensor) -> None:
-        """Show one of a batch.
-
-        Args:
-            index: the states, (n,).
-            guidance: the edited model's guidance term at them, (n, c, h, w).
-        """
-        if self._given.meter.preview is None:
-            return
-        for place, row in enumerate(index.tolist()):
-            if row in self._rows:
-                _show_pair(self._given, self._states[row : row + 1], guidance[place].cpu())
-                return
+    def show(self) -> None:
+        """Show the state that was in the latest batch, if one was."""
+        watched = self._trainer.latest_watched()
+        if watched is not None:
+            row, guidance = watched
+            _show_pair(self._given, self._states[row : row + 1], guidance.cpu())
 
 
 def show_measured(given: Given) -> Callable[[States, Tensor], None] | None:

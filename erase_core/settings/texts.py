@@ -109,6 +109,26 @@ def parse_concepts(given: Any, alternative: Any = "") -> tuple[Concept, ...]:
     return tuple(concepts)
 
 
+def refuse_unfinished(given: Any) -> None:
+    """Refuse lines that end with their arrow, which a person has most likely not finished.
+
+    Who typed one is asked; to :func:`parse_concepts` nothing after an arrow is nothing in
+    particular.
+
+    Raises:
+        SettingsError: there is one.
+    """
+    for line in given_lines("concepts", given):
+        text = line.strip() if isinstance(line, str) else ""
+        name, *after = (part.strip() for part in _ARROWS.split(text))
+        if name and after == [""] and not _COMMENT.match(text):
+            raise SettingsError(
+                f"The line {text!r} names nothing after the arrow. Write what to draw instead, "
+                f"{name} {ARROW} dog, or {name!r} alone to remove it.",
+                "concepts",
+            )
+
+
 def concept_names(given: Any) -> tuple[str, ...]:
     """Names of concepts from text, one a line; of ``cat => dog`` what stands before the arrow.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .families import Family, generic
 from .settings import EraseSettings, preset_settings
-from .texts import SettingsError, parse_concepts
+from .texts import SettingsError, parse_concepts, refuse_unfinished
 
 AS_PRESET = -1
 AUTO = "auto"  # as the model's family says
@@ -27,6 +27,8 @@ def settings_of(widgets: Mapping[str, Any], family: Family | None = None) -> Era
         SettingsError: a value that can't work.
     """
     check_choice("model_type", widgets.get("model_type", MODEL_TYPES[0]), MODEL_TYPES)
+    if not widgets.get("replace_with"):  # else a bare arrow excepts its line from that
+        refuse_unfinished(widgets.get("erase"))
     numbers = {
         name: None if _is(AS_PRESET, widgets.get(name, AS_PRESET)) else widgets[name]
         for name in (

@@ -194,6 +194,7 @@ def test_steps_can_be_added_to_a_finished_run():
     assert meter.resumed_at == 12 and more.record["steps_done"] == 18 and more.record["complete"]
     assert more.record["losses"][:12] == first.record["losses"]
     assert more.identity != first.identity
+    assert more.record["steps_added"] == [[12, 12]] and "steps_added" not in first.record
     # It isn't what 18 steps from the start give, and doesn't pass for that.
     fresh, meter = run({}, results, steps=18)
     assert not meter.reused and meter.resumed_at is None and fresh.identity != more.identity

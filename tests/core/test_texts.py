@@ -16,6 +16,7 @@ from concept_surgery.erase_core.settings.texts import (
     concept_values,
     distinct_lines,
     parse_concepts,
+    refuse_unfinished,
 )
 
 CAT_TO_DOG = (Concept("cat", "dog"),)
@@ -53,6 +54,14 @@ def test_a_replacement_for_all_lines():
         with pytest.raises(SettingsError, match="under 'erase'") as refusal:
             parse_concepts("cat", given)
         assert refusal.value.setting == "replace_with"
+
+
+@pytest.mark.parametrize("line", ["cat =>", "dog -> owl\ncat →", "cat | kitten =>  "])
+def test_who_typed_a_line_that_ends_with_its_arrow_is_asked(line):
+    with pytest.raises(SettingsError, match="names nothing after the arrow. Write") as refusal:
+        refuse_unfinished(line)
+    assert refusal.value.setting == "concepts"
+    refuse_unfinished("cat => none\n# cat =>\ncat\n=> dog\n:->")
 
 
 def test_comments_and_empty_links_are_no_prompts():

@@ -44,6 +44,7 @@ def test_the_nodes_are_there_with_tooltips_and_help(server):
         "ConceptSurgerySettings": "Erasure Settings",
         "ConceptSurgeryApply": "Apply Erased UNet",
         "ConceptSurgeryCompare": "Compare Erasure",
+        "ConceptSurgeryReport": "Erasure Report",
         "ConceptSurgeryJoin": "Join Erasures",
         "ConceptSurgeryTakeOut": "Take Concepts Out",
         "ConceptSurgerySave": "Save Erasure",
