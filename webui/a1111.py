@@ -16,6 +16,7 @@ from .denoiser import WebuiDenoiser
 from .errors import UnsupportedModelError
 from .loras import lora_extension
 
+_PATCHED = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.MultiheadAttention)
 _HYBRID = ("hybrid", "concat")
 
 
@@ -183,7 +184,8 @@ def _set_networks(sd_model: Any, networks: Any, wanted: list[Any]) -> None:
     networks.loaded_networks[:] = wanted
     with torch.no_grad():
         for module in sd_model.modules():
-            if hasattr(module, "network_layer_name"):
+            # The host names every module, but has weights put into these alone.
+            if isinstance(module, _PATCHED) and hasattr(module, "network_layer_name"):
                 networks.network_apply_weights(module)
 
 

@@ -61,7 +61,7 @@ def network_apply_weights(self):
     wanted = tuple((one.name, one.unet_multiplier) for one in loaded_networks)
     if getattr(self, "network_current_names", ()) == wanted:
         return
-    if getattr(self, "network_weights_backup", None) is None:
+    if getattr(self, "network_weights_backup", None) is None:  # a module without one: as there
         self.network_weights_backup = self.weight.to("cpu", copy=True)
     with torch.no_grad():
         self.weight.copy_(self.network_weights_backup)
