@@ -26,6 +26,7 @@ from ..erase_core.settings.purification import (
     STRONGEST,
     STRONGEST_GUIDANCE,
     Purification,
+    asked_prompts,
 )
 from ..erase_core.settings.texts import given_lines
 from .apply import ApplyError, apply_erasure, mismatches
@@ -112,6 +113,7 @@ class PurifyImage(io.ComfyNode):
             guidance=cfg,
             strength=strength,
         )
+        asked_prompts(asked, erasure.record)  # a style can't do without
         refuse_without_clip(clip)
         refuse_without_vae(vae)
         refuse_other_models(model)
@@ -411,7 +413,7 @@ def _widgets() -> list[Any]:
             optional=True,
             placeholder="what is on the picture, with the concept in it; empty: the concept alone",
             tooltip="Describes the picture with the concept in it, for example: a cat on a bench. "
-            "Empty: the concepts of the erasure, each in a plain phrase.",
+            "Empty: the concepts of the erasure, each in a plain phrase; a style needs a prompt.",
         ),
         io.Combo.Input(
             "area",

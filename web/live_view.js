@@ -40,16 +40,17 @@ function duration(seconds) {
   return whole < 60 ? `${whole} s` : `${Math.floor(whole / 60)} min ${whole % 60} s`;
 }
 
-/** The points of one line of the curve, over what was spent. */
+/** The points of one line of the curve, at equal distances: most are steps. */
 function line(points, place) {
-  const known = points.filter((point) => typeof point?.[place] === "number");
-  const most = Math.max(1, ...points.map((point) => Number(point?.[0]) || 0));
-  const at = (point) => {
-    const x = (WIDTH * point[0]) / most;
-    const y = HEIGHT * (1 - Math.min(1, Math.max(0, point[place])));
-    return `${x.toFixed(1)},${(2 + y * 0.95).toFixed(1)}`;
-  };
-  return known.map(at).join(" ");
+  const last = Math.max(1, points.length - 1);
+  return points
+    .map((point, number) => [(WIDTH * number) / last, point?.[place]])
+    .filter(([, share]) => typeof share === "number" && Number.isFinite(share))
+    .map(([x, share]) => {
+      const y = 2 + (HEIGHT - 4) * (1 - Math.min(1, Math.max(0, share)));
+      return `${x.toFixed(1)},${y.toFixed(1)}`;
+    })
+    .join(" ");
 }
 
 /** The view of one node. `element` is what a DOM widget shows; `onStop` is called by its button. */
@@ -99,8 +100,9 @@ export class LiveView {
       color: "var(--input-text, #ddd)",
     });
     this.element.className = "concept-surgery-run";
-    this.element.append(head, this.track, this.curve, this.legend, this.pictures);
-    this.element.append(this.note, this.button);
+    this.element.append(head, this.track, this.button, this.curve, this.legend);
+    this.element.append(this.pictures, this.note);
+    for (const child of this.element.children) child.style.flexShrink = "0"; // or it is cut off
     this.empty = true;
   }
 
@@ -127,7 +129,8 @@ export class LiveView {
 
   showCurve(points) {
     const shown = points.length > 1;
-    this.curve.style.display = this.legend.style.display = shown ? "" : "none";
+    this.curve.style.display = shown ? "" : "none";
+    this.legend.style.display = shown ? "flex" : "none";
     if (!shown) return;
     this.lines.forEach((one, place) => one.setAttribute("points", line(points, place + 1)));
     const last = points[points.length - 1];
@@ -156,9 +159,11 @@ export class LiveView {
     this.pictures.style.display = figures.length ? "flex" : "none";
   }
 
-  /** Pixels that all of it needs. */
+  /** Pixels that all of it needs, however many it is given. */
   height() {
-    return this.empty ? 0 : this.element.scrollHeight || 40;
+    const shown = [...this.element.children].filter((child) => child.style.display !== "none");
+    const inner = shown.reduce((sum, child) => sum + (child.offsetHeight ?? HEIGHT), 0);
+    return Math.max(40, inner + 6 * Math.max(0, shown.length - 1) + 12);
   }
 }
 

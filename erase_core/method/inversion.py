@@ -25,6 +25,9 @@ TOLERANCE = 1e-3
 MOST_GUESSES = 10  # four or five are enough on our models
 # Share of the strongest evidence from which on a place shows the concept.
 THRESHOLD = 0.2
+# The strongest evidence must be that part of the mean error that is left; else nothing is seen. On
+# the emoji it was 1.1 at least in twelve pictures with the concept, .2 at most in fifteen without.
+FAINTEST = 0.4
 STRONGEST = 0.98  # quantile of the evidence that counts as its strongest
 # The shorter side is that many times as long as what evidence is averaged over, in each direction.
 NEIGHBOURHOOD = 16
@@ -89,7 +92,7 @@ def _largest(x: Tensor) -> float:
     return max(float(x.flatten(1).norm(dim=1).max()), 1e-12)
 
 
-def evidence(picture: Tensor, told: Tensor, others: Sequence[Tensor]) -> Tensor:
+def evidence(picture: Tensor, told: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """How much better a picture is explained with the concept than without, (n, h, w).
 
     A denoiser that is told what is on a picture finds it again under more noise; which text helps
@@ -100,6 +103,9 @@ def evidence(picture: Tensor, told: Tensor, others: Sequence[Tensor]) -> Tensor:
         picture: latents (n, c, h, w).
         told: what the untouched model, told the concept, takes a noisy version of the picture for.
         others: the same of the erased model, which no longer knows it, and of no prompt at all.
+
+    Returns:
+        The evidence, and the squared error that is left with the concept.
     """
     radius = max(1, min(picture.shape[-2:]) // NEIGHBOURHOOD)
 
@@ -107,19 +113,22 @@ def evidence(picture: Tensor, told: Tensor, others: Sequence[Tensor]) -> Tensor:
         squared = (picture - x0).square().mean(1, keepdim=True)
         return F.avg_pool2d(squared, 2 * radius + 1, 1, radius, count_include_pad=False)[:, 0]
 
-    return torch.stack([error(other) for other in others]).amin(0) - error(told)
+    own = error(told)
+    return torch.stack([error(other) for other in others]).amin(0) - own, own
 
 
-def places(found: Tensor, threshold: float = THRESHOLD) -> Tensor:
+def places(found: Tensor, left: Tensor, threshold: float = THRESHOLD) -> Tensor:
     """Where a concept is, 1 or 0, (n, 1, h, w); all 0 where nothing speaks for it.
 
     Args:
         found: evidence (n, h, w).
+        left: the error that is left, likewise.
         threshold: share of the strongest evidence from which on a place counts.
     """
     radius = max(1, min(found.shape[-2:]) // NEIGHBOURHOOD)
     strongest = found.flatten(1).quantile(STRONGEST, dim=1).view(-1, 1, 1)
-    marked = (found > threshold * strongest) & (strongest > 0)
+    seen = strongest > FAINTEST * left.mean((1, 2)).view(-1, 1, 1)
+    marked = (found > threshold * strongest) & seen
     return F.max_pool2d(marked.float()[:, None], 2 * radius + 1, 1, radius)
 
 

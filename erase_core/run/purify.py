@@ -29,6 +29,7 @@ from .meter import Meter, MeteredDenoiser
 LOOKED_AT = (0.4, 0.6)
 LOOKS = 2
 SCHEDULE = 100  # steps of the schedule that these are parts of
+FINEST = 0.03  # noise level from which the sampler goes to none; SD's own schedule ends there
 GUESSES_PLANNED = 5  # for each step of the inversion, for the progress bar
 
 
@@ -140,10 +141,15 @@ def reconstructed(
 def schedule(denoiser: Denoiser, asked: Purification) -> list[float]:
     """Falling noise levels: the last ``steps`` of as many as lead all the way up.
 
-    That is what hosts do for "denoise" in image to image.
+    That is what hosts do for "denoise" in image to image. The last step of Euler's method gives
+    what the model takes for the picture: from a high level only pictures that it finds perfect can
+    come out. So the levels go on down to one that hides nothing.
     """
     whole = max(asked.steps, int(asked.steps / asked.start_level))
-    return denoiser.sigmas(whole)[-(asked.steps + 1) :].tolist()
+    sigmas = denoiser.sigmas(whole)[-(asked.steps + 1) :].tolist()
+    while sigmas[-2] > FINEST:
+        sigmas.insert(-1, sigmas[-2] / 2)
+    return sigmas
 
 
 def planned(asked: Purification, prompts: int) -> dict[str, int]:
@@ -173,8 +179,9 @@ def _masks(
         null, *told = model.x0(x, float(sigma), [model.null, *model.prompts], None).split(1)
         erased = model.x0(x, float(sigma), model.prompts, model.edit).split(1)
         pairs = zip(told, erased, strict=True)
-        seen.append(torch.stack([evidence(picture, one, [other, null]) for one, other in pairs]))
-    return [places(found) for found in torch.stack(seen).mean(0)]
+        both = [torch.stack(evidence(picture, one, [other, null])) for one, other in pairs]
+        seen.append(torch.stack(both))
+    return [places(found, left) for found, left in torch.stack(seen).mean(0)]
 
 
 def _redrawn(

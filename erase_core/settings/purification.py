@@ -14,6 +14,7 @@ AUTO, WHERE_FOUND, EVERYWHERE = "auto", "where it is seen", "everywhere"
 AREAS = (AUTO, WHERE_FOUND, EVERYWHERE)
 STEPS = (1, 1000)
 LOWEST_LEVEL = 0.01
+STYLE_EXAMPLE = "a house in {} style"
 STRONGEST, STRONGEST_GUIDANCE = 5.0, 100.0
 
 
@@ -76,12 +77,25 @@ class Purification:
 def asked_prompts(asked: Purification, record: Mapping[str, Any]) -> list[str]:
     """The prompts that name what is to go: the person's own, else each concept in a plain phrase.
 
-    Every name of a concept has one.
+    Every name of a concept has one. A style has none: it is all over a picture, and a prompt that
+    names nothing but a style draws a picture of nothing.
+
+    Raises:
+        SettingsError: a style, and no prompt.
     """
     if asked.prompt.strip():
         return [asked.prompt.strip()]
+    concepts = _concepts(record)
+    styles = [name for name, kind in concepts if kind == "style"]
+    if styles:
+        raise SettingsError(
+            f"This erasure takes the style {styles[0]!r}, which is all over a picture: all of it "
+            "is drawn again. Type what is on the picture, with the style in it, for "
+            f"example: {STYLE_EXAMPLE.format(styles[0])}",
+            "prompt",
+        )
     own = record["settings"].get("templates") or []
-    return list(dict.fromkeys(plain_phrase(name, kind, own) for name, kind in _concepts(record)))
+    return list(dict.fromkeys(plain_phrase(name, kind, own) for name, kind in concepts))
 
 
 def _concepts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -91,7 +105,7 @@ def _concepts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         (name, concept.get("kind") or default)
         for concept in record["concepts"]
         for name in (concept["text"], *concept.get("also", ()))
-        if name.strip()
+        if name.strip() and len(name) <= MOST_CHARACTERS
     ]
 
 

@@ -106,7 +106,7 @@ def test_the_erased_model_reconstructs_the_same_under_the_null_prompt(erasure):
 def test_only_the_marked_part_is_drawn_again(erasure, monkeypatch):
     mask = torch.zeros(1, 1, 8, 12)
     mask[..., :5] = 1
-    monkeypatch.setattr(module, "places", lambda found: mask)
+    monkeypatch.setattr(module, "places", lambda found, left: mask)
     asked = Purification(steps=6, start_level=1.0, guidance=6.0)
     found = purify(picture(), asked, erasure, ToyDenoiser())
     assert torch.equal(found.latent[..., 5:], picture()[..., 5:])
@@ -120,7 +120,7 @@ def test_only_the_marked_part_is_drawn_again(erasure, monkeypatch):
 
 
 def test_where_nothing_is_seen_the_picture_stays_bit_for_bit(erasure, monkeypatch):
-    monkeypatch.setattr(module, "places", lambda found: torch.zeros(1, 1, 8, 12))
+    monkeypatch.setattr(module, "places", lambda found, left: torch.zeros(1, 1, 8, 12))
     found = purify(picture(), Purification(steps=3), erasure, ToyDenoiser())
     assert torch.equal(found.latent, picture()) and not found.mask.any()
 
@@ -132,23 +132,45 @@ def test_at_level_0_nothing_is_predicted(erasure):
     assert not denoiser.calls
 
 
-def test_the_schedule_is_the_end_of_a_longer_one():
+def test_the_schedule_is_the_end_of_a_longer_one_that_ends_finely():
     toy = ToyDenoiser()
     half = schedule(toy, Purification(steps=4, start_level=0.5))
-    assert half == toy.sigmas(8)[-5:].tolist()
-    assert schedule(toy, Purification(steps=1)) == toy.sigmas(1).tolist()
-    assert len(schedule(toy, Purification(steps=3, start_level=0.01))) == 4
+    assert half[:4] == toy.sigmas(8)[-5:-1].tolist()
+    assert half[4:] == [pytest.approx(half[3] / 2), pytest.approx(half[3] / 4), 0.0]
+    for steps, level in ((1, 0.8), (3, 0.01), (20, 1.0)):
+        sigmas = schedule(FlowToy(), Purification(steps=steps, start_level=level))
+        assert len(sigmas) > steps and sigmas[-1] == 0 and 0.01 < sigmas[-2] <= 0.03 or level < 0.1
+        assert sigmas == sorted(sigmas, reverse=True)
+
+
+def test_a_picture_that_the_model_does_not_find_perfect_is_reconstructed_in_few_steps():
+    class Strict(FlowToy):
+        """Takes whatever is beside its own idea of the picture for noise, down to low levels."""
+
+        def predict_x0(self, x, sigma, prompts, edit=None):
+            level = sigma.view(-1, 1, 1, 1)
+            return x * (1 - level) / ((1 - level) ** 2 + (6 * level) ** 2)
+
+    strict, asked = Strict(), Purification(steps=4, start_level=1.0)
+    sigmas, predict = schedule(strict, asked), under_null(strict)
+    way = inverted(picture(), sigmas, predict)
+    finely = (sampled(way[0], sigmas, predict) - picture()).norm()
+    plain = strict.sigmas(4).tolist()
+    way = inverted(picture(), plain, predict)
+    assert finely < 0.5 * (sampled(way[0], plain, predict) - picture()).norm()
 
 
 def test_evidence_has_to_beat_every_other_text():
     told, other = torch.zeros(1, 4, 16, 16), torch.ones(1, 4, 16, 16)
     null = torch.ones(1, 4, 16, 16)
     null[..., 8:] = 0  # without a prompt the right half is explained as well
-    found = evidence(torch.zeros(1, 4, 16, 16), told, [other, null])
-    mask = places(found)
+    found, left = evidence(torch.zeros(1, 4, 16, 16), told, [other, null])
+    mask = places(found, left)
     assert mask[..., :8].all() and not mask[..., 10:].any()
-    assert not places(-found - 0.1).any()
-    assert not places(torch.zeros(1, 16, 16)).any()
+    assert not places(-found - 0.1, left).any()
+    assert not places(torch.zeros(1, 16, 16), left).any()
+    faint = torch.ones(1, 16, 16)  # as much evidence as error is left: seen; a tenth of it: not
+    assert places(faint, faint).all() and not places(faint / 10, faint).any()
 
 
 def test_a_style_is_all_over_the_picture_and_a_person_may_choose(erasure):
@@ -156,6 +178,10 @@ def test_a_style_is_all_over_the_picture_and_a_person_may_choose(erasure):
     assert Purification().everywhere(style) and not Purification().everywhere(erasure.record)
     assert Purification(area="everywhere").everywhere(erasure.record)
     assert not Purification(area="where it is seen").everywhere(style)
+    with pytest.raises(SettingsError, match="a house in ink style") as refused:
+        asked_prompts(Purification(), style)
+    assert refused.value.setting == "prompt"
+    assert asked_prompts(Purification(prompt="an ink house"), style) == ["an ink house"]
     found = purify(picture(), Purification(steps=2, area="everywhere"), erasure, ToyDenoiser())
     assert found.mask.all()
 

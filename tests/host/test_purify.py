@@ -99,7 +99,7 @@ def test_where_it_is_not_seen_pixels_stay_and_where_it_is_the_edge_is_soft(
     half = torch.zeros(1, 1, 6, 8)
     half[..., :4] = 1
     for mask in (torch.zeros(1, 1, 6, 8), half):
-        monkeypatch.setattr(engine, "places", lambda found, mask=mask: mask)
+        monkeypatch.setattr(engine, "places", lambda *_, mask=mask: mask)
         pictures, _, shown, report = purified(loaded, finished, vae, area="where it is seen")
         away = image()[:, :, 40:]
         assert torch.equal(pictures[:, :, 40:], away)
@@ -145,6 +145,12 @@ def test_what_does_not_fit_is_refused_in_words(loaded, finished, vae, monkeypatc
         purified((model, None), finished, vae)
     with pytest.raises(ValueError, match="No VAE is connected"):
         purified(loaded, finished, None)
+
+    style = dataclasses.replace(
+        finished, record={**finished.record, "concepts": [{"text": "ink", "kind": "style"}]}
+    )
+    with pytest.raises(SettingsError, match="Type what is on the picture"):
+        purified(loaded, style, vae)
 
     class OtherVae:
         def __getattr__(self, name):
