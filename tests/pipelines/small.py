@@ -176,11 +176,12 @@ def spread(module: Any, seed: int = 0) -> Any:
 
 def vae(channels: int = 4) -> Any:
     """An autoencoder that nothing is drawn with, of eight pixels a side."""
-    return diffusers.AutoencoderTiny(
+    small_vae = diffusers.AutoencoderTiny(
         latent_channels=channels,
         encoder_block_out_channels=(8, 8, 8, 8),
         decoder_block_out_channels=(8, 8, 8, 8),
     )
+    return spread(small_vae)
 
 
 def sd1(folder: Path) -> Any:
