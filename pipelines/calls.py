@@ -54,8 +54,8 @@ class Reader:
         for prompt, ids in zip(prompts, found, strict=True):
             if len(ids) > most:
                 raise SettingsError(
-                    f"A prompt has {len(ids)} tokens, and {self.name} of this pipeline reads {most} "
-                    f"of them and drops the rest: {prompt[:60]!r}. Shorten it."
+                    f"A prompt has {len(ids)} tokens, and {self.name} of this pipeline reads "
+                    f"{most} of them and drops the rest: {prompt[:60]!r}. Shorten it."
                 )
 
     def _text(self, prompt: str) -> str:

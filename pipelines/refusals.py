@@ -41,8 +41,9 @@ def refuse_another_kind(pipe: Any) -> None:
     if not fits or "prompt" not in asked or any(name in asked for name in _OTHER_INPUTS):
         raise PipelineError(
             f"{type(pipe).__name__} doesn't draw pictures from a text alone, or lacks its "
-            "text encoder. Load the pipeline of this model that does, whole, such as StableDiffusionPipeline, StableDiffusionXLPipeline, "
-            "StableDiffusion3Pipeline or FluxPipeline."
+            "text encoder. Load the pipeline of this model that does, whole, such as "
+            "StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline or "
+            "FluxPipeline."
         )
     given, said = network.config.get("in_channels"), network.config.get("out_channels")
     if slot_of(pipe) == "unet" and given != said:

@@ -29,9 +29,7 @@ def apart(one, other) -> bool:
 
 def test_the_folder_holds_what_the_script_makes_and_a_picture_each():
     assert {path.name for path in FOLDER.iterdir()} == {
-        f"{name}.{ending}"
-        for name in (*NAMES, purify_template.STEM)
-        for ending in ("json", "jpg")
+        f"{name}.{ending}" for name in (*NAMES, purify_template.STEM) for ending in ("json", "jpg")
     }
     path = FOLDER / f"{purify_template.STEM}.json"
     assert path.read_text("utf-8") == purify_template.text(), "run: python -m tools.purify_template"
