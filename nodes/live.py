@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import threading
 import time
 from collections import OrderedDict
@@ -19,6 +17,7 @@ from ..erase_core import EraseSettings, Erasure, Meter, Preview, Progress
 from ..erase_core.run.meter import DRAWN, ERASED, KEPT
 from ..erase_core.run.recorded import thinned
 from .messages import send_event, shown
+from .pictures import small_jpeg
 from .previews import Previewer
 from .stores import picture_store
 
@@ -65,7 +64,7 @@ class LiveRun:
         self._figures |= {"seconds_left": None, "stopping": False}
         self._curve: list[list[float | None]] = []
         self._pictures: dict[str, Tensor] = {}  # as bytes (h, w, 3), by kind and time
-        self._encoded: dict[str, str] = {}
+        self._encoded: dict[str, str] = {}  # the same as JPEG, in hexadecimal digits
         self._picture_at: dict[str, float] = {}
         self._sent_at = 0.0
         self._pictures_changed = True  # none, instead of those of the run before
@@ -187,7 +186,7 @@ class LiveRun:
         send_event(EVENT, self.snapshot(changed or self._state != RUNNING), self.client_id)
 
     def _put(self, name: str, picture: Tensor) -> None:
-        self._pictures[name], self._encoded[name] = picture, _as_url(picture)
+        self._pictures[name], self._encoded[name] = picture, small_jpeg(picture).hex()
         self._pictures_changed = True
 
     def _shown_pictures(self) -> list[dict[str, str]]:
@@ -196,9 +195,9 @@ class LiveRun:
         label = {ERASED: concept, KEPT: keep, DRAWN: f"{concept}, drawn"}
         found: dict[str, dict[str, str]] = {}
         for kind, when in PLACES:
-            url = self._encoded.get(f"{kind} {when}")
-            if url is not None:
-                found.setdefault(kind, {"kind": kind, "label": label[kind][:LABEL]})[when] = url
+            jpeg = self._encoded.get(f"{kind} {when}")
+            if jpeg is not None:
+                found.setdefault(kind, {"kind": kind, "label": label[kind][:LABEL]})[when] = jpeg
         return list(found.values())
 
     def _as_one(self) -> Tensor:
@@ -249,12 +248,3 @@ def stop_runs(asked: Mapping[str, Any]) -> int:
     for run in running:
         run.stop()
     return len(running)
-
-
-def _as_url(picture: Tensor) -> str:
-    """A picture (h, w, 3) of bytes as the address of an image."""
-    from PIL import Image
-
-    data = io.BytesIO()
-    Image.fromarray(picture.numpy()).save(data, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -108,7 +107,11 @@ def where_it_runs() -> tuple[str | None, str | None]:
 
 def _running_server() -> Any:
     """The host's web server; None where nodes are called from Python, without one."""
-    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    try:
+        from server import PromptServer
+    except ImportError:  # what only the server needs isn't there
+        return None
+    return getattr(PromptServer, "instance", None)
 
 
 def upstream_file(prompt: Mapping[str, Any] | None, node_id: str | None, name: str) -> str:

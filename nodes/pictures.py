@@ -1,4 +1,4 @@
-"""A small picture for a file, written with the host's Pillow."""
+"""Small pictures for files and pages, written with the host's Pillow."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 LONGEST_SIDE = 512  # pixels: lists show it far smaller
+JPEG_QUALITY = 85
 
 
 def small_png(images: Any, key: str, text: str) -> bytes:
@@ -39,3 +40,12 @@ def small_png(images: Any, key: str, text: str) -> bytes:
     file = io.BytesIO()
     picture.save(file, "PNG", pnginfo=info, optimize=True)
     return file.getvalue()
+
+
+def small_jpeg(picture: Tensor) -> bytes:
+    """A picture (height, width, 3) of bytes as a JPEG, to be sent."""
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.fromarray(picture.numpy()).save(data, "JPEG", quality=JPEG_QUALITY)
+    return data.getvalue()

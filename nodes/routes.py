@@ -31,7 +31,7 @@ def add_routes(server: Any) -> None:
     routes = getattr(server, "routes", None)
     if routes is None:
         return
-    from aiohttp import web
+    from server import web  # what the host answers with
 
     @routes.post("/concept_surgery/stop")
     async def stop(request: Any) -> Any:

@@ -30,12 +30,11 @@ from ..erase_core.settings.layers import matching
 from ..erase_core.settings.settings import EraseSettings
 from .calls import FEW, PROBE, SMALL, Call, ask
 from .networks import family_of, linear_layers, network_of
-from .refusals import refuse_unfit
+from .refusals import flows, refuse_unfit
 
 # Tokenizers whose tokens lie one after the other in an encoded prompt; else there is but the first.
 STREAMS = {SD3.name: ("tokenizer", "tokenizer_3"), FLUX.name: ("tokenizer_2",)}
 TOGETHER = 32  # captions that are encoded at once; more is no faster on a CPU
-TRAINED_STEPS = 1000  # of flow models, in which schedulers count their time
 LEAST_ALPHA = 4.9e-8  # of schedules that end in pure noise, as ComfyUI has it: sigma is 4,500 there
 RESNET = "ResnetBlock2D"  # the other repeated block of U-Nets
 
@@ -140,11 +139,9 @@ class PipelineDenoiser(Denoiser):
     @cached_property
     def _levels(self) -> Tensor | None:
         """The noise level of each of the scheduler's times; None for flow models."""
-        config = self._pipe.scheduler.config
-        alphas = getattr(self._pipe.scheduler, "alphas_cumprod", None)
-        if alphas is None or config.get("prediction_type") == "flow_prediction":
+        if flows(self._pipe.scheduler):
             return None
-        kept = alphas.float().cpu().clamp_min(LEAST_ALPHA)
+        kept = self._pipe.scheduler.alphas_cumprod.float().cpu().clamp_min(LEAST_ALPHA)
         return ((1 - kept) / kept).sqrt()
 
     @cached_property
@@ -175,7 +172,8 @@ class PipelineDenoiser(Denoiser):
         x, sigma = x.to(self.device), sigma.to(self.device)
         call, level = self._calls[tuple(x.shape[1:])], sigma.view(-1, *[1] * (x.ndim - 1))
         if self._levels is None:
-            time, scale = sigma * TRAINED_STEPS, torch.ones_like(level)
+            time = sigma * self._pipe.scheduler.config.num_train_timesteps
+            scale = torch.ones_like(level)
         else:
             near = (self._levels.log()[None] - sigma.cpu().log()[:, None]).abs().argmin(1)
             time, scale = near.to(sigma), (1 + level**2).rsqrt()

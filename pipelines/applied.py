@@ -50,6 +50,7 @@ class Applied:
         layers = fitting_layers(pipe, erasure)
         _refuse_strength(strength)
         self._network = network_of(pipe)
+        _refuse_compiled(pipe, self._network)
         before = applied_to(self._network)
         problem = applied_twice_problem(before, erasure, _loras(layers))
         if problem:
@@ -185,6 +186,17 @@ def _layers(network: Any, pipe: Any, erasure: CoreErasure) -> dict[str, nn.Linea
 
 def _weight(layer: Any) -> Tensor:
     return getattr(layer, "base_layer", layer).weight
+
+
+def _refuse_compiled(pipe: Any, network: nn.Module) -> None:
+    """Compiled code doesn't notice new hooks: nothing would happen, in silence."""
+    parts = network.modules()
+    compiled = any(getattr(part, "_compiled_call_impl", None) is not None for part in parts)
+    if compiled or getattr(pipe, slot_of(pipe)) is not network:
+        raise PipelineError(
+            f"The network of this {type(pipe).__name__} is compiled, and would draw as before. "
+            "Apply the erasure before you compile it, or use merged() and compile that."
+        )
 
 
 def _refuse_strength(strength: float) -> None:

@@ -54,8 +54,8 @@ class Reader:
         for prompt, ids in zip(prompts, found, strict=True):
             if len(ids) > most:
                 raise SettingsError(
-                    f"A prompt has {len(ids)} tokens, and this pipeline reads {most} of them and "
-                    f"drops the rest: {prompt[:60]!r}. Shorten it."
+                    f"A prompt has {len(ids)} tokens, and {self.name} of this pipeline reads {most} "
+                    f"of them and drops the rest: {prompt[:60]!r}. Shorten it."
                 )
 
     def _text(self, prompt: str) -> str:
@@ -127,7 +127,7 @@ def ask(
         steps: how many the sampler is to plan, of which two are noted; None ends it at the first.
 
     Raises:
-        PipelineError: the pipeline asked its network for something that isn't known here.
+        PipelineError: the pipeline refuses, or asks its network for what isn't known here.
     """
     asked, notes = copy.copy(pipe), Notes(copy.deepcopy(pipe.scheduler))
     signature, step = inspect.signature(network.forward), notes.scheduler.step
@@ -150,8 +150,11 @@ def ask(
     parts |= {"scheduler": notes.scheduler, slot_of(pipe): _StandIn(network, called)}
     parts |= {name: _reading(pipe, name, notes) for name in _tokenizers(pipe)}
     asked.set_progress_bar_config(disable=True)
-    with suppress(_Enough), _quiet():
-        asked(**_keywords(pipe, network, prompts, size, steps or 1))
+    try:
+        with suppress(_Enough), _quiet():
+            asked(**_keywords(pipe, network, prompts, size, steps or 1))
+    except ValueError as error:
+        raise PipelineError(f"{type(pipe).__name__} refuses what it is asked: {error}") from error
     if not notes.asked or len(notes.asked[0].get(TOKENS, ())) != len(prompts):
         raise PipelineError(
             f"{type(pipe).__name__} doesn't give its network one prompt for each picture, as "

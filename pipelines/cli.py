@@ -91,7 +91,9 @@ def _erase(given: argparse.Namespace) -> int:
     from .erasing import erase, settings_for
     from .loading import load_pipeline
 
-    settings_for({}, given.erase, given.replace_with, given.keep, given.preset, **settings)
+    # What the model's own family decides isn't known before it is loaded.
+    early = {name: value for name, value in settings.items() if name not in ("form", "layers")}
+    settings_for({}, given.erase, given.replace_with, given.keep, given.preset, **early)
     pipe = load_pipeline(given.model, given.config, given.device, given.dtype)
     erasure = erase(
         pipe,

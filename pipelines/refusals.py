@@ -26,7 +26,8 @@ def refuse_unfit(pipe: Any) -> None:
         )
     refuse_another_kind(pipe)
     network = network_of(pipe)
-    for reason in (_placed(pipe, network), _packed(network), _changed(network)):
+    found = (_scheduled(pipe), _placed(pipe, network), _packed(network), _changed(network))
+    for reason in found:
         if reason:
             raise PipelineError(f"{type(pipe).__name__} can't be worked on as it is: {reason}")
 
@@ -35,11 +36,12 @@ def refuse_another_kind(pipe: Any) -> None:
     """Raises :class:`PipelineError` for a pipeline that doesn't draw a picture from a text."""
     asked = inspect.signature(pipe.__call__).parameters
     network = network_of(pipe)
-    fits = isinstance(network, nn.Module) and getattr(pipe, "tokenizer", None) is not None
+    needed = [getattr(pipe, name, None) for name in ("tokenizer", "text_encoder", "scheduler")]
+    fits = isinstance(network, nn.Module) and None not in needed
     if not fits or "prompt" not in asked or any(name in asked for name in _OTHER_INPUTS):
         raise PipelineError(
-            f"{type(pipe).__name__} doesn't draw pictures from a text alone. Load the pipeline of "
-            "this model that does, such as StableDiffusionPipeline, StableDiffusionXLPipeline, "
+            f"{type(pipe).__name__} doesn't draw pictures from a text alone, or lacks its "
+            "text encoder. Load the pipeline of this model that does, whole, such as StableDiffusionPipeline, StableDiffusionXLPipeline, "
             "StableDiffusion3Pipeline or FluxPipeline."
         )
     given, said = network.config.get("in_channels"), network.config.get("out_channels")
@@ -49,6 +51,26 @@ def refuse_another_kind(pipe: Any) -> None:
             "is made for inpainting or for another picture beside the prompt. Load the model that "
             "it was made from."
         )
+
+
+def flows(scheduler: Any) -> bool:
+    """Whether a scheduler is for networks that predict a flow's velocity."""
+    said = scheduler.config.get("prediction_type") == "flow_prediction"
+    return said or type(scheduler).__name__.startswith("FlowMatch")
+
+
+def _scheduled(pipe: Any) -> str:
+    """What is amiss with the scheduler."""
+    scheduler = pipe.scheduler
+    predicted = scheduler.config.get("prediction_type", "epsilon")
+    known = hasattr(scheduler, "alphas_cumprod") and predicted in ("epsilon", "v_prediction")
+    if known or flows(scheduler):
+        return ""
+    return (
+        f"what its network predicts isn't known by its scheduler, {type(scheduler).__name__} with "
+        f"{predicted!r}. Give it an EulerDiscreteScheduler, or FlowMatchEulerDiscreteScheduler "
+        "for a flow model."
+    )
 
 
 def _placed(pipe: Any, network: nn.Module) -> str:

@@ -17,7 +17,7 @@ FOLDER = ROOT / "example_workflows"
 # Sizes and places are those of the newer renderer. Told so, the front end shrinks everything alike
 # for the older one; otherwise it stretches the nodes for the newer one and leaves some of them
 # where they were. It also moves nodes off their groups where it has to find the view itself.
-EXTRA = {"workflowRendererVersion": "Vue", "ds": {"scale": 0.65, "offset": [110, 110]}}
+EXTRA = {"workflowRendererVersion": "Vue", "ds": {"scale": 0.65, "offset": [110, 135]}}
 HUGGING_FACE = "https://huggingface.co"
 
 

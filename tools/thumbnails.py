@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from concept_surgery.erase_core import erase, preset_settings
+from concept_surgery.erase_core.model.low_rank import LowRankEdit
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.emoji.build import build_emoji_checkpoint
 from benchmarks.erasure.painter import Painter
 from benchmarks.erasure.run import leave_out_empty_layers
-from concept_surgery.erase_core import erase, preset_settings
-from concept_surgery.erase_core.model.low_rank import LowRankEdit
 from tools.environment import BUILD
 from tools.templates import FOLDER, TEMPLATES
 

@@ -9,6 +9,7 @@ const WIDGET = "concept_surgery_run";
 const UNSEEN = /\u2060/g; // what the server puts into texts so that nothing is read as markup
 const views = new WeakMap(); // of nodes
 const LEAST_HEIGHT = 16;
+const MARGIN = 20; // above and below together, which the canvas takes of a widget's height
 let rebuilt = false; // once the connection was there
 
 /** The node that the server calls by an id like "3" or, in subgraphs, "12:3". */
@@ -31,9 +32,14 @@ function show(run) {
   requestAnimationFrame(() => fit(node, view));
 }
 
+/** Pixels of the widget with its margin. */
+function heightOf(view) {
+  return view.empty ? LEAST_HEIGHT : view.height() + MARGIN;
+}
+
 /** Make room for what is shown; a node that a person made larger stays so. */
 function fit(node, view) {
-  const height = view.height();
+  const height = heightOf(view);
   if (Math.abs(height - (view.given ?? 0)) < 4) return;
   const more = height - (view.given ?? 0);
   view.given = height;
@@ -87,8 +93,8 @@ app.registerExtension({
     const widget = node.addDOMWidget(WIDGET, "CONCEPT_SURGERY_RUN", view.element, {
       serialize: false,
       hideOnZoom: true,
-      getMinHeight: () => Math.max(LEAST_HEIGHT, view.height()),
-      getMaxHeight: () => Math.max(LEAST_HEIGHT, view.height()),
+      getMinHeight: () => heightOf(view),
+      getMaxHeight: () => heightOf(view),
       getValue: () => "",
       setValue: () => {},
     });

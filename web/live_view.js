@@ -5,10 +5,10 @@
  * prompts come from workflows that others made.
  */
 
-const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 300;
 const HEIGHT = 80;
-const PICTURE = /^data:image\/jpeg;base64,[A-Za-z0-9+/=]+$/;
+const SHARPNESS = 2; // pixels of the curve for one of the page, which a person may enlarge
+const PICTURE = /^ffd8(?:[0-9a-f]{2})+$/; // a JPEG in hexadecimal digits
 const LEFT = "#e8a33d";
 const DRIFT = "#5aa9e6";
 
@@ -21,10 +21,13 @@ function made(tag, style = {}, text = "", ...children) {
   return element;
 }
 
-function drawing(tag, attributes) {
-  const element = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, String(value));
-  return element;
+/** An image of a JPEG in hexadecimal digits; its address is let go when nobody needs it. */
+function imageOf(digits) {
+  const bytes = Uint8Array.from(digits.match(/../g), (pair) => parseInt(pair, 16));
+  const image = made("img", { width: "64px", height: "64px", objectFit: "cover" });
+  image.src = URL.createObjectURL(new Blob([bytes], { type: "image/jpeg" }));
+  image.addEventListener("load", () => URL.revokeObjectURL(image.src), { once: true });
+  return image;
 }
 
 /** A share as people read it: 3 %, 0.4 %. */
@@ -40,16 +43,20 @@ function duration(seconds) {
   return whole < 60 ? `${whole} s` : `${Math.floor(whole / 60)} min ${whole % 60} s`;
 }
 
-/** The points of one line of the curve, over what was spent. */
-function line(points, place) {
-  const known = points.filter((point) => typeof point?.[place] === "number");
-  const most = Math.max(1, ...points.map((point) => Number(point?.[0]) || 0));
-  const at = (point) => {
-    const x = (WIDTH * point[0]) / most;
-    const y = HEIGHT * (1 - Math.min(1, Math.max(0, point[place])));
-    return `${x.toFixed(1)},${(2 + y * 0.95).toFixed(1)}`;
-  };
-  return known.map(at).join(" ");
+/** Draw one line of the curve, its points at equal distances: most are steps. */
+function drawLine(pen, points, place, colour) {
+  const last = Math.max(1, points.length - 1);
+  pen.strokeStyle = colour;
+  pen.lineWidth = 2 * SHARPNESS;
+  pen.beginPath();
+  points.forEach((point, number) => {
+    const share = point?.[place];
+    if (typeof share !== "number" || !Number.isFinite(share)) return;
+    const inner = pen.canvas.height - 2 * pen.lineWidth;
+    const y = pen.lineWidth + inner * (1 - Math.min(1, Math.max(0, share)));
+    pen.lineTo((pen.canvas.width * number) / last, y);
+  });
+  pen.stroke();
 }
 
 /** The view of one node. `element` is what a DOM widget shows; `onStop` is called by its button. */
@@ -64,15 +71,9 @@ export class LiveView {
     const track = { height: "6px", background: "rgba(128,128,128,0.3)", borderRadius: "3px" };
     this.track = made("div", { ...track, flex: "none" }, "", this.bar);
 
-    this.curve = drawing("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none" });
-    Object.assign(this.curve.style, { width: "100%", height: `${HEIGHT}px`, flex: "none" });
+    this.curve = made("canvas", { width: "100%", height: `${HEIGHT}px` });
+    Object.assign(this.curve, { width: WIDTH * SHARPNESS, height: HEIGHT * SHARPNESS });
     this.curve.style.background = "rgba(128,128,128,0.12)";
-    this.lines = [LEFT, DRIFT].map((stroke) => {
-      const one = drawing("polyline", { fill: "none", stroke, "stroke-width": 2 });
-      one.setAttribute("vector-effect", "non-scaling-stroke");
-      this.curve.append(one);
-      return one;
-    });
     this.remains = made("span", { color: LEFT });
     this.drift = made("span", { color: DRIFT });
     this.legend = made("div", { display: "flex", gap: "12px", flexWrap: "wrap" });
@@ -99,8 +100,9 @@ export class LiveView {
       color: "var(--input-text, #ddd)",
     });
     this.element.className = "concept-surgery-run";
-    this.element.append(head, this.track, this.curve, this.legend, this.pictures);
-    this.element.append(this.note, this.button);
+    this.element.append(head, this.track, this.button, this.curve, this.legend);
+    this.element.append(this.pictures, this.note);
+    for (const child of this.element.children) child.style.flexShrink = "0"; // or it is cut off
     this.empty = true;
   }
 
@@ -127,9 +129,13 @@ export class LiveView {
 
   showCurve(points) {
     const shown = points.length > 1;
-    this.curve.style.display = this.legend.style.display = shown ? "" : "none";
+    this.curve.style.display = shown ? "" : "none";
+    this.legend.style.display = shown ? "flex" : "none";
     if (!shown) return;
-    this.lines.forEach((one, place) => one.setAttribute("points", line(points, place + 1)));
+    const pen = this.curve.getContext("2d");
+    pen.clearRect(0, 0, this.curve.width, this.curve.height);
+    [DRIFT, LEFT].forEach((colour, place) => drawLine(pen, points, 2 - place, colour));
+    this.curve.dataset.points = String(points.length);
     const last = points[points.length - 1];
     this.remains.textContent = `What is left of it: ${percent(last[1])}`;
     this.drift.textContent = `Drift of the rest: ${percent(last[2])}`;
@@ -141,8 +147,7 @@ export class LiveView {
       const row = made("div", { display: "flex", gap: "3px" });
       for (const when of ["before", "now"]) {
         if (!PICTURE.test(one?.[when] ?? "")) continue;
-        const image = made("img", { width: "64px", height: "64px", objectFit: "cover" });
-        image.src = one[when];
+        const image = imageOf(one[when]);
         image.alt = image.title = `${when === "now" && !running ? "after" : when}: ${one.label}`;
         row.append(image);
       }
@@ -156,9 +161,11 @@ export class LiveView {
     this.pictures.style.display = figures.length ? "flex" : "none";
   }
 
-  /** Pixels that all of it needs. */
+  /** Pixels that all of it needs, however many it is given. */
   height() {
-    return this.empty ? 0 : this.element.scrollHeight || 40;
+    const shown = [...this.element.children].filter((child) => child.style.display !== "none");
+    const inner = shown.reduce((sum, child) => sum + (child.offsetHeight ?? HEIGHT), 0);
+    return Math.max(40, inner + 6 * Math.max(0, shown.length - 1) + 12);
   }
 }
 

@@ -115,7 +115,7 @@ class ConceptSurgeryScript(scripts.Script):
         refresh.click(
             lambda: gr.update(choices=loras.erasures()), [], [names], show_progress="hidden"
         )
-        self.infotext_fields = [(names, names_in), (strength, strength_in)]
+        self.infotext_fields = [(names, pasted), (strength, strength_in)]
         self.paste_field_names = [NAMES, STRENGTH]
         return [names, strength]
 
@@ -194,6 +194,11 @@ def names_in(params: Mapping[str, Any]) -> list[str]:
     names = [name for name in str(params.get(NAMES, "")).split(BETWEEN) if name]
     there = loras.erasures() if names else []
     return [name for name in names if name in there]
+
+
+def pasted(params: Mapping[str, Any]) -> Any:
+    """What an info text makes of the list. Pages drop a value that isn't among the choices."""
+    return gr.update(choices=loras.erasures(), value=names_in(params))
 
 
 def strength_in(params: Mapping[str, Any]) -> float | None:

@@ -241,7 +241,7 @@ class WebuiDenoiser(Denoiser):
         return {name: self._numbers(path) for name, path in self._paths.items()}
 
     def _numbers(self, path: str) -> Tensor:
-        layer = self.network.get_submodule(path)
+        layer: Any = self.network.get_submodule(path)  # of the host's own class
         weight = layer.weight.detach()
         scale = getattr(layer, "scale_weight", None)
         if weight.element_size() > 1 and scale is None:

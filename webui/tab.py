@@ -42,6 +42,7 @@ def build() -> gr.Blocks:
             with gr.Column():
                 seen = _outputs()
                 kept = _saving()
+                seen["report"] = gr.Markdown("", elem_id=f"{ID}_report")
         shows = [number, *seen.values()]
         given = [inputs[name] for name in form.INPUTS]
         _at_once(train, start, given, shows)
@@ -256,7 +257,6 @@ def _outputs() -> dict[str, Any]:
         "pictures": gr.Gallery(
             label="Pictures of the training", columns=4, height=220, elem_id=f"{ID}_pictures"
         ),
-        "report": gr.Markdown("", elem_id=f"{ID}_report"),
     }
 
 

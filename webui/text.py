@@ -30,7 +30,7 @@ class Learned:
         guidance: a number that distilled models are given beside a prompt, (n,); None elsewhere.
     """
 
-    tokens: Sequence[Tensor]
+    tokens: Sequence[Tensor] | Tensor
     vectors: Tensor | None = None
     guidance: Tensor | None = None
 
@@ -122,7 +122,7 @@ class TextReader:
 
     def _chunk_ids(self, chunk: Any) -> list[int]:
         ids = [int(token) for token in chunk.tokens]
-        end, pad = getattr(self.engine, "id_end", None), getattr(self.engine, "id_pad", None)
+        end, pad = (getattr(self.engine, name, -1) for name in ("id_end", "id_pad"))
         if end != pad and end in ids:
             first = ids.index(end) + 1
             ids[first:] = [pad] * (len(ids) - first)
@@ -144,7 +144,8 @@ class TextReader:
     def _list_of_tokens(self) -> Mapping[str, int]:
         tokenizer = getattr(self.engine, "tokenizer", None)
         wrapped = getattr(self.engine, "wrapped", None)
-        for one in (tokenizer, getattr(wrapped, "tokenizer", None), _open_clip(self.engine)):
+        holders: tuple[Any, ...] = (tokenizer, getattr(wrapped, "tokenizer", None))
+        for one in (*holders, _open_clip(self.engine)):
             if hasattr(one, "get_vocab"):
                 return one.get_vocab()
             if isinstance(getattr(one, "encoder", None), Mapping):

@@ -6,12 +6,13 @@ Everything is boxes and lines of text at given places, so that a face needs noth
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .cautions import HARM
-from .sheet import one_line
+from .sheet import one_line, wrapped
 from .verdict import (
     GONE,
     THERE,
@@ -31,6 +32,9 @@ from .verdict import (
 WIDTH, MARGIN, TEXT, PITCH = 1024, 32, 26, 44
 NAMES, FIGURES = 340, 150  # widths of what stands at the left and at the right of the bars
 MOST_CONCEPTS, MOST_KEPT, MOST_WORDS = 4, 4, 12
+# Of the verdict: sentences, lines of each, from one line to the next, and the width of a letter
+# as a share of its height.
+MOST_SENTENCES, LINES, LINE, LETTER = 7, 3, 34, 0.52
 FULL = 1.0  # the share that is a whole bar; longer ones end there and their figure says it
 THINNEST = 3  # pixels of a bar that isn't nothing
 
@@ -119,12 +123,28 @@ def neighbour_chart(record: Mapping[str, Any]) -> Chart:
         record: the record of an erasure, of any version.
     """
     chart = Chart()
-    chart.title(verdict(record)[0], GRADES[grade(record)])
+    _verdict(chart, record)
     _concepts(chart, record)
     _kept(chart, record)
     _words(chart, changed_words(record))
     chart.height += MARGIN // 2
     return chart
+
+
+def _verdict(chart: Chart, record: Mapping[str, Any]) -> None:
+    """The sentences over the bars, since not every host shows text beside a picture."""
+    colour = GRADES[grade(record)]
+    for sentence in verdict(record)[:MOST_SENTENCES]:
+        for text in wrapped(one_line(sentence), WIDTH - 2 * MARGIN, LINES, _estimated):
+            chart.lines.append(Line(MARGIN, chart.height, WIDTH - 2 * MARGIN, text, colour))
+            chart.height += LINE
+        colour = INK
+
+
+def _estimated(text: str) -> float:
+    """About how wide a text is, in pixels; the letters of some scripts are as wide as high."""
+    wide = sum(unicodedata.east_asian_width(letter) in "FW" for letter in text)
+    return TEXT * (wide + LETTER * (len(text) - wide))
 
 
 def _concepts(chart: Chart, record: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from .verdict import (
     GONE,
     changed_words,
     grade,
+    keep_room,
     kept_prompts,
     moved,
     names_of,
@@ -171,7 +172,7 @@ def _words(record: Mapping[str, Any]) -> list[str]:
         "rounding, a hundred-thousandth at most.",
         f"**How much it shifts**: the change of {of}, relative to itself.",
         "**Room left for it**: what the exactly kept prompts leave to the concept. They must leave "
-        "a quarter.",
+        f"{percent(keep_room(record))}.",
         "**Change** of a word: how much what the model reads of it (its keys and values) changes, "
         "relative to itself. Up to 20 % is hardly seen in pictures.",
     ]

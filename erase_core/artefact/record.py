@@ -46,6 +46,7 @@ class _AskedOptional(TypedDict, total=False):
     layers: str | None
     rank: int | None
     captions: int | None
+    keep_room: float | None
 
 
 class Asked(_AskedOptional):

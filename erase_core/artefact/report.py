@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..method.subspace import KEEP_FLOOR
 from ..settings.families import by_name
 from .cautions import guidance_change
 from .formats import concept_list
 from .record import GUIDANCE, NO_HELP, NOT_NEEDED, PREDICTION
-from .verdict import GONE_FROM, grade, moved, verdict
+from .verdict import GONE_FROM, grade, keep_room, moved, verdict
 
 WORDS_SHOWN = 8
 # What became of the training, where it wasn't run to its end.
@@ -138,7 +137,7 @@ def _why_not_exact(record: Mapping[str, Any]) -> list[str]:
         advice += ", or move it further up"
     if record["settings"]["negative_prompts"]:
         advice += ", or take a negative prompt away, which comes first"
-    least = f"at least {KEEP_FLOOR:.0%} must be left to the concept"
+    least = f"at least {keep_room(record):.0%} must be left to the concept"
     return [
         f"{one['text']!r} isn't exact because beside it only {one['share_left']:.0%} of the edit "
         f"would be left ({least}). To make it exact, {advice}."

@@ -16,7 +16,9 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-KEEP_FLOOR = 0.25
+from ..settings.settings import EraseSettings
+
+KEEP_FLOOR = EraseSettings.keep_room
 # Of so many prompts that don't fit it is looked for what would make them.
 MOST_REMEDIES = 8
 REFUSE_BELOW = 0.10
@@ -75,6 +77,7 @@ def exact_set(
     edits: Sequence[Tensor],
     required: Sequence[Tensor],
     keep: Sequence[tuple[str, Tensor]],
+    room: float = KEEP_FLOOR,
 ) -> ExactSet:
     """Choose the exact set.
 
@@ -83,8 +86,9 @@ def exact_set(
             (n, width).
         required: token embeddings (tokens, width) of the prompts that must be exact in any case,
             the null prompt first.
-        keep: name and token embeddings of the prompts to keep, most important first. One that
-            would leave less than 25 % of some concept's edit stays out of the exact set.
+        keep: name and token embeddings of the prompts to keep, most important first.
+        room: a keep prompt that would leave less than this share of some concept's edit stays out
+            of the exact set.
 
     Raises:
         SubspaceError: the required prompts alone leave less than 10 % of an edit, or the
@@ -106,7 +110,7 @@ def exact_set(
     for text, rows in keep:
         wider = extend_basis(basis, rows)
         left = _shares_left(edits, wider)
-        if min(left) >= KEEP_FLOOR:
+        if min(left) >= room:
             basis, shares = wider, left
             held.rows.append(rows)
             kept.append(KeptPrompt(text, True, min(left)))

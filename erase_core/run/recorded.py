@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, cast
 
-from ..artefact.cautions import harm_warnings, training_warnings, unknown_warnings
+from ..artefact.cautions import harm_warnings, room_warnings, training_warnings, unknown_warnings
 from ..artefact.record import STOPPED, TRAINED, WORSE, Record
 from ..files.fingerprint import fingerprint
 from ..method.closed_form import ClosedForm
@@ -53,7 +53,7 @@ def record_of(
         "harm": solution.harm if solution else None,
         "measures": measures,
         "others": collateral,
-        "warnings": _warnings(given, trained, measures, collateral, heard),
+        "warnings": _warnings(given, trained, exact, measures, collateral, heard),
         **_training(given, trained),
         "curve": thinned(given.meter.curve),
         "forward_equivalents": given.meter.spent,
@@ -96,6 +96,7 @@ def thinned(curve: Sequence[CurvePoint], most: int = CURVE_POINTS) -> list[list[
 def _warnings(
     given: Given,
     trained: Trained,
+    exact: ExactSet,
     measures: Mapping[str, Any],
     collateral: Mapping[str, Any] | None,
     heard: Heard,
@@ -105,6 +106,7 @@ def _warnings(
     return [
         *harm_warnings(settings, measures, collateral),
         *training_warnings(settings, trained.outcome),
+        *room_warnings(settings, exact),
         *unknown_warnings(heard.language.unknown if heard.language else 0.0),
         *given.prompts.warnings,
         *prompt_warnings(settings),

@@ -29,8 +29,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 HOST_MODULES = {
     "comfy",
     "comfy_api",
+    "comfy_execution",
     "comfy_extras",
     "folder_paths",
+    "latent_preview",
     "server",
     "nodes",
     "execution",

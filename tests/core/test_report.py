@@ -10,6 +10,7 @@ import pytest
 import torch
 from concept_surgery.erase_core import (
     Erasure,
+    SettingsError,
     erase,
     preset_settings,
     report_markdown,
@@ -19,7 +20,7 @@ from concept_surgery.erase_core import (
 )
 from concept_surgery.erase_core.artefact.chart import MARGIN, WIDTH, neighbour_chart
 from concept_surgery.erase_core.artefact.markdown import escaped
-from concept_surgery.erase_core.artefact.verdict import GONE_FROM, grade, percent, way_gone
+from concept_surgery.erase_core.artefact.verdict import EXACT, GONE_FROM, grade, percent, way_gone
 from concept_surgery.erase_core.method.subspace import KEEP_FLOOR, exact_set
 from hypothesis import given
 from hypothesis import strategies as st
@@ -167,7 +168,11 @@ def test_exact_is_said_only_of_what_was_measured_to_be(record):
     [
         ({"share_without_negatives": 0.3}, "your negative prompt takes its room"),
         ({"share_without_negatives": 0.2, "share_first": 0.3}, "move it to the top"),
-        ({"share_without_negatives": 0.2, "share_first": None}, "fewer words help a little"),
+        (
+            {"share_without_negatives": 0.2, "share_left": 0.129},
+            "Room beside kept prompts' to 0.12",
+        ),
+        ({"share_without_negatives": 0.2, "share_left": 0.09}, "fewer words help a little"),
     ],
 )
 def test_why_a_prompt_isnt_exact_is_what_would_make_it_so(record, entry, words):
@@ -175,7 +180,9 @@ def test_why_a_prompt_isnt_exact_is_what_would_make_it_so(record, entry, words):
     one["measures"]["kept"][1] |= entry
     assert words in verdict(one)[2]
     removed = changed(one, alternative="")
-    assert ("name what is drawn instead" in verdict(removed)[2]) == (words.startswith("fewer"))
+    assert ("name what is drawn instead" in verdict(removed)[2]) == (
+        "_first" not in str(entry) and entry["share_without_negatives"] < 0.25
+    )
 
 
 def test_what_would_make_a_prompt_exact_was_tried_on_it():
@@ -376,3 +383,35 @@ def test_a_bar_is_as_long_as_its_share(record):
     }
     assert lengths["kitten"] / lengths["cat"] == pytest.approx(0.75 / 0.994, rel=0.01)
     assert lengths["lynx"] / lengths["kitten"] == pytest.approx(0.12 / 0.75, rel=0.05)
+
+
+def test_less_room_beside_the_concept_keeps_more_exactly_and_warns():
+    keep = tuple(" ".join(f"{letter}{n}" for letter in "pqrstuvw") for n in range(6))
+    values = {"concepts": "cat => dog", "keep": keep, "resolution": 32, "captions": 40}
+    usual, tight = (
+        erase(preset_settings("instant", keep_room=room, **values), ToyDenoiser()).record
+        for room in (None, 0.1)
+    )
+    count = [sum(one["exact"] for one in r["measures"]["kept"]) for r in (usual, tight)]
+    assert count[1] > count[0] > 0
+    assert all(one["drift"] <= EXACT for one in tight["measures"]["kept"] if one["exact"])
+    assert usual["warnings"] == [] and "raise the room beside kept prompts (it is 0.1)" in (
+        " ".join(tight["warnings"])
+    )
+    # What a report advises, where nothing cheaper helps, is enough.
+    entry = next(one for one in usual["measures"]["kept"] if not one["exact"])
+    entry |= {"share_first": None, "share_without_negatives": None}
+    (line,) = (line for line in verdict(usual) if "Room beside kept prompts" in line)
+    room = float(re.search(r"to (0\.\d+) to keep", line)[1])
+    settings = preset_settings("instant", keep_room=room, **values)
+    kept = erase(settings, ToyDenoiser()).record["measures"]["kept"]
+    assert sum(one["exact"] for one in kept) > count[0]
+
+
+def test_the_usual_room_is_no_setting_to_stored_results():
+    usual = preset_settings("instant", concepts="cat")
+    assert "keep_room" not in usual.as_dict()
+    tight = preset_settings("instant", concepts="cat", keep_room=0.1)
+    assert tight.as_dict()["keep_room"] == 0.1
+    with pytest.raises(SettingsError, match="0.25 is usual"):
+        preset_settings("instant", concepts="cat", keep_room=0.0)

@@ -202,9 +202,9 @@ def test_the_reports_node_shows_its_verdict_and_chart_and_runs_no_script(
         browser.wait_for(f"{texts}.find((text) => text.includes({part!r}))", 30)
     assert browser.run("document.querySelectorAll('a[href*=elsewhere], img[src=x]').length") == 0
     # As Markdown, where the host's node for texts can show it so.
-    browser.run(f"""(() => {{
+    browser.run("""(() => {
         const shown = app.graph.getNodeById(4).widgets.find((w) => w.name === "previewMode")
-        if (shown) {{ shown.value = true; shown.callback?.(true) }}
+        if (shown) { shown.value = true; shown.callback?.(true) }
     }})()""")
     assert browser.run("document.querySelectorAll('a[href*=elsewhere], img[src=x]').length") == 0
     assert not browser.run("window.harmed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -433,7 +434,8 @@ def state_of(pipe: Any) -> dict[str, Any]:
 
 def latents(pipe: Any, prompt: str = "a photo of a cat", steps: int = 2) -> torch.Tensor:
     """What a pipeline samples, before it is made a picture."""
-    before = {**vars(pipe.scheduler)}
+    before, known = {**vars(pipe.scheduler)}, inspect.signature(pipe.__call__).parameters
+    as_asked = {"use_resolution_binning": False} if "use_resolution_binning" in known else {}
     pipe.set_progress_bar_config(disable=True)
     try:
         drawn = pipe(
@@ -443,6 +445,7 @@ def latents(pipe: Any, prompt: str = "a photo of a cat", steps: int = 2) -> torc
             width=64,
             output_type="latent",
             generator=torch.Generator().manual_seed(0),
+            **as_asked,
         )
     finally:
         vars(pipe.scheduler).clear()

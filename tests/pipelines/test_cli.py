@@ -173,7 +173,12 @@ def test_ctrl_c_leaves_nothing(folder, tmp_path):
     )
     given = ["erase", str(folder), "--erase", "cat", "--out", str(tmp_path / "a.safetensors")]
     with subprocess.Popen(
-        [sys.executable, "-c", script, *given], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        [sys.executable, "-c", script, *given],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        # Tests in the background are started without it, and so would be what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as run:
         assert run.stderr is not None
         seen = ""

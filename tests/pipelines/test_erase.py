@@ -144,7 +144,7 @@ def test_the_same_call_trains_once(sd1, finished, tmp_path):
 def test_prompts_that_the_pipeline_would_cut_are_refused(sd1):
     long = "a photo of " + "very " * 80 + "old shoes"
     for where in ({"concepts": "cat", "keep": [long]}, {"concepts": f"cat => {long}"}):
-        with pytest.raises(SettingsError, match="reads 77 of them"):
+        with pytest.raises(SettingsError, match="tokenizer of this pipeline reads 77"):
             erase(sd1, preset="instant", **where, **QUICK)
 
 

@@ -48,6 +48,29 @@ def test_a_unet_for_inpainting(pipe):
     refused(pipe, "reads 9 channels and draws 4")
 
 
+def test_a_scheduler_that_says_nothing_of_the_network(pipe):
+    before = pipe.scheduler
+    vars(pipe)["scheduler"] = diffusers.EDMEulerScheduler()
+    refused(pipe, "EDMEulerScheduler with 'epsilon'")
+    vars(pipe)["scheduler"] = diffusers.DDIMScheduler.from_config(
+        before.config, prediction_type="sample"
+    )
+    refused(pipe, "with 'sample'")
+
+
+def test_a_pipeline_without_its_text_encoder(pipe):
+    vars(pipe)["text_encoder"] = None
+    refused(pipe, "lacks its text encoder")
+
+
+def test_a_size_that_the_pipeline_refuses(sd1, monkeypatch):
+    def check_inputs(*given):
+        raise ValueError("`height` has to be divisible by 64")
+
+    monkeypatch.setattr(type(sd1), "check_inputs", check_inputs)
+    refused(sd1, "refuses what it is asked: `height`")
+
+
 def test_weights_that_are_nowhere(pipe):
     pipe.unet.to("meta")
     refused(pipe, "on the device 'meta'")
@@ -104,6 +127,12 @@ def test_fused_projections(pipe):
 def test_a_network_that_was_compiled_is_looked_into(pipe, finished):
     pipe.unet = torch.compile(pipe.unet)
     assert erase(pipe, "cat", "dog", preset="instant", **QUICK).identity == finished.identity
+
+
+def test_nothing_is_applied_to_what_was_compiled(pipe, finished):
+    pipe.unet._compiled_call_impl = print  # as compile() leaves it, which takes long
+    with pytest.raises(PipelineError, match="is compiled, and would draw as before"):
+        finished.applied(pipe)
 
 
 def test_a_setting_that_there_is_none_of(sd1):

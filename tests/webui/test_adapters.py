@@ -135,7 +135,6 @@ def test_blocks_that_add_in_place_lose_the_gradient_and_are_cured(forge, tiny):
     from concept_surgery.webui.forge import ForgeDenoiser
 
     forge.load()
-    assert trained(forge, tiny).erasure.record["steps_done"] == tiny["steps"]
     ForgeDenoiser.adds_in_place = False
     with pytest.raises((GradientError, RuntimeError)):
         trained(forge, tiny, seed=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from concept_surgery.erase_core import ErasureFileError, SettingsError
 
+from .conftest import in_all_only
 from .test_tab import FAST
 
 ASKED = {"erase": "cat => dog", "keep": ["a tree"], **FAST}
@@ -41,6 +42,7 @@ def test_train_watch_save_list_report_apply(fake):
         api.train({**ASKED, "nonsense": 1})
 
 
+@in_all_only
 def test_stop_and_cancel(a1111):
     from concept_surgery.webui import api
     from concept_surgery.webui.jobs import JOBS

@@ -9,6 +9,7 @@ import base64
 import json
 import os
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -95,6 +96,7 @@ def fill_in(browser, erase, **more):
     type_into(browser, "concept_surgery_erase", erase)
     for name, value in given.items():
         type_into(browser, f"concept_surgery_{name}", str(value))
+    time.sleep(0.5)  # until the page has taken it over
 
 
 def test_a_training_from_the_first_click_to_the_picture(page, browser):

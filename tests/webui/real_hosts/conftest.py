@@ -35,8 +35,13 @@ def new_host(work: Path, **how: object) -> WebuiHost:
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebuiHost]:
-    """One host with API and page for all tests that leave it as it was."""
-    with new_host(tmp_path_factory.mktemp("webui")) as started:
+    """One host with API and page for all tests that leave it as it was.
+
+    The variable WEBUI_WORK names a folder for its data: what is read of ordinary language stays.
+    """
+    kept = os.environ.get("WEBUI_WORK")
+    work = Path(kept).absolute() if kept else tmp_path_factory.mktemp("webui")
+    with new_host(work) as started:
         started.draw("a photo of a cat")  # Forge has no model before the first picture
         yield started
 

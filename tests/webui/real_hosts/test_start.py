@@ -14,6 +14,7 @@ from .webui_host import EXTENSION
 
 START_SECONDS = 0.3
 PROMPT = "a photo of a cat"
+_LISTED = "import os, sys; print([os.listdir(p) for p in sys.path if 'site-' in p])"
 
 
 def test_a_copy_of_what_is_published_starts_quickly_and_changes_no_picture(tmp_path, host):
@@ -55,7 +56,11 @@ def test_the_installer_installs_nothing(host):
 
 def _site_packages(python: os.PathLike[str]) -> list[str]:
     listed = subprocess.run(
-        [str(python), "-c", "import os,sys;print([os.listdir(p) for p in sys.path if 'site-' in p])"],
+        [
+            str(python),
+            "-c",
+            "import os,sys;print([os.listdir(p) for p in sys.path if 'site-' in p])",
+        ],
         capture_output=True,
         text=True,
         timeout=60,
