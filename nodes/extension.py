@@ -9,6 +9,7 @@ from .compare import CompareErasure
 from .files import LoadErasure, SaveErasure
 from .join import JoinErasures
 from .settings import ErasureSettings
+from .suggest import SuggestNames
 from .take_out import TakeConceptsOut
 from .train import TrainErasure
 
@@ -21,6 +22,7 @@ class ConceptSurgeryExtension(ComfyExtension):
         return [
             TrainErasure,
             ErasureSettings,
+            SuggestNames,
             ApplyErasure,
             CompareErasure,
             JoinErasures,

@@ -30,22 +30,28 @@ def vocabulary(clip, streams: Sequence[str] = ()) -> list[str]:
     Returns:
         No words at all where no tokenizer lists its tokens.
     """
-    for tokenizer in _tokenizers(clip, streams):
+    return list(numbered_vocabulary(clip, streams)[1])
+
+
+def numbered_vocabulary(clip, streams: Sequence[str] = ()) -> tuple[str, dict[str, int]]:
+    """The same with the id of each, and the host's name of the tokenizer; "" if it has none."""
+    for name, tokenizer in _tokenizers(clip, streams):
         words = _words(_tokens(tokenizer))
         if words:
-            return words
-    return []
+            return name, words
+    return "", {}
 
 
-def _tokenizers(clip, streams: Sequence[str]) -> Iterator[Any]:
-    """What may be a tokenizer, from the preferred one on."""
+def _tokenizers(clip, streams: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """What may be a tokenizer, by name, from the preferred one on."""
     wrapper = getattr(clip, "tokenizer", None)
     parts = dict(getattr(wrapper, "__dict__", {}))
     for stream in reversed(streams):
         # The host calls its stream "l" and the attribute that holds the tokenizer "clip_l".
-        yield from (parts.pop(name) for name in (stream, f"clip_{stream}") if name in parts)
-    yield wrapper  # some are no wrapper, but the tokenizer itself
-    yield from parts.values()
+        named = [name for name in (stream, f"clip_{stream}") if name in parts]
+        yield from ((name, parts.pop(name)) for name in named)
+    yield "", wrapper  # some are no wrapper, but the tokenizer itself
+    yield from parts.items()
 
 
 def _tokens(tokenizer: Any) -> Mapping[int, Any]:
@@ -64,8 +70,8 @@ def _tokens(tokenizer: Any) -> Mapping[int, Any]:
     return {}
 
 
-def _words(tokens: Mapping[int, Any]) -> list[str]:
-    """The words among the tokens, by id."""
+def _words(tokens: Mapping[int, Any]) -> dict[str, int]:
+    """The words among the tokens with their ids, in order of these."""
     for form in (_MARKED, _PLAIN):
         found = {}
         for number, token in tokens.items():
@@ -74,5 +80,8 @@ def _words(tokens: Mapping[int, Any]) -> list[str]:
             if match:
                 found[number] = next(filter(None, match.groups()))
         if found:
-            return list(dict.fromkeys(found[number] for number in sorted(found)))
-    return []
+            numbered: dict[str, int] = {}
+            for number in sorted(found):
+                numbered.setdefault(found[number], number)
+            return numbered
+    return {}

@@ -1,0 +1,58 @@
+/**
+ * Words that the nodes are found by, for hosts and front ends that know no search words.
+ *
+ * The same as SEARCH_WORDS in nodes/words.py, which newer hosts send.
+ */
+
+export const SEARCH_WORDS = {
+  ConceptSurgeryTrain: [
+    "erase",
+    "remove",
+    "forget",
+    "delete",
+    "unlearn",
+    "censor",
+    "LECO",
+    "ESD",
+    "UCE",
+    "erase concept",
+    "remove concept",
+  ],
+  ConceptSurgerySettings: ["expert settings", "training steps", "rank", "learning rate"],
+  ConceptSurgerySuggest: ["synonyms", "other names", "neighbours", "similar words"],
+  ConceptSurgeryApply: ["apply erasure", "erased model", "patch model", "strength"],
+  ConceptSurgeryCompare: ["before after", "compare", "grid", "xy plot", "test erasure"],
+  ConceptSurgeryJoin: ["merge erasures", "combine erasures", "stack", "several concepts"],
+  ConceptSurgeryTakeOut: ["restore concept", "undo erasure", "split erasure"],
+  ConceptSurgerySave: ["save LoRA", "export erasure"],
+  ConceptSurgeryLoad: ["load LoRA", "open erasure"],
+};
+
+/**
+ * Give the definition of a node its search words, as a host sends them that knows of them.
+ *
+ * @param {object} definition as in /object_info.
+ */
+export function giveWords(definition) {
+  const words = SEARCH_WORDS[definition?.name];
+  if (words && !definition.search_aliases?.length) definition.search_aliases = [...words];
+}
+
+/**
+ * Where the front end looks for names alone, put the words behind them.
+ *
+ * @param {object | undefined} definitions by node name, as the front end's search has them.
+ */
+export function wordsBehindNames(definitions) {
+  for (const [name, words] of Object.entries(SEARCH_WORDS)) {
+    const definition = definitions?.[name];
+    if (!definition || "search_aliases" in definition) continue;
+    definition.display_name = `${definition.display_name} (${words.join(", ")})`;
+  }
+}
+
+/** What the search of the page looks in; undefined where that isn't to be found. */
+export function searched() {
+  const vue = document.querySelector("#vue-app")?.__vue_app__;
+  return vue?.config?.globalProperties?.$pinia?._s?.get("nodeDef")?.nodeDefsByName;
+}
