@@ -2,7 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { isOurs, labelBoxes } from "./labels.js";
 import { TRAIN, putSettings, readsOldValues, withSettingsNodes } from "./old_workflows.js";
-import { giveWords, searched, wordsBehindNames } from "./search.js";
+import { giveWords } from "./search.js";
 
 app.registerExtension({
   name: "ConceptSurgery.Nodes",
@@ -22,7 +22,6 @@ app.registerExtension({
   afterConfigureGraph: putSettings,
 
   setup() {
-    wordsBehindNames(searched());
     const load = app.loadApiJson;
     if (typeof load !== "function") return;
     app.loadApiJson = function (graph, ...rest) {

@@ -37,22 +37,3 @@ export function giveWords(definition) {
   const words = SEARCH_WORDS[definition?.name];
   if (words && !definition.search_aliases?.length) definition.search_aliases = [...words];
 }
-
-/**
- * Where the front end looks for names alone, put the words behind them.
- *
- * @param {object | undefined} definitions by node name, as the front end's search has them.
- */
-export function wordsBehindNames(definitions) {
-  for (const [name, words] of Object.entries(SEARCH_WORDS)) {
-    const definition = definitions?.[name];
-    if (!definition || "search_aliases" in definition) continue;
-    definition.display_name = `${definition.display_name} (${words.join(", ")})`;
-  }
-}
-
-/** What the search of the page looks in; undefined where that isn't to be found. */
-export function searched() {
-  const vue = document.querySelector("#vue-app")?.__vue_app__;
-  return vue?.config?.globalProperties?.$pinia?._s?.get("nodeDef")?.nodeDefsByName;
-}

@@ -96,7 +96,9 @@ def suggest(
     names = [
         word
         for like, word in found
-        if like >= least and (like > nearest + LEAD or _akin(word, concept)) and word not in distinct
+        if like >= least
+        and (like > nearest + LEAD or _akin(word, concept))
+        and word not in distinct
     ]
     out = {folded(concept.alternative)}
     neighbours = [word for word in distinct if folded(word) not in out]
