@@ -9,8 +9,10 @@ async def comfy_entrypoint():
     """Called by ComfyUI when it loads the pack. Nothing of the host is imported before."""
     from server import PromptServer
 
-    from .nodes import ConceptSurgeryExtension
-    from .nodes.refusals import install
+    from .nodes import ConceptSurgeryExtension, downstream, refusals, routes
 
-    install(getattr(PromptServer, "instance", None))
+    server = getattr(PromptServer, "instance", None)
+    refusals.install(server)
+    downstream.install(server)
+    routes.add_routes(server)
     return ConceptSurgeryExtension()

@@ -1,4 +1,7 @@
-"""Run by ComfyUI-Manager after installing: checks what the pack needs and explains, no more."""
+"""Run by ComfyUI-Manager after installing, and by Automatic1111 and Forge before each start.
+
+It checks what the pack needs and explains. It installs nothing.
+"""
 
 from importlib.util import find_spec
 
@@ -7,6 +10,7 @@ NEEDED = ("torch", "safetensors", "numpy")
 missing = [name for name in NEEDED if find_spec(name) is None]
 if missing:
     print(
-        f"Concept Surgery needs {', '.join(missing)}, which ComfyUI normally brings. Install "
-        "ComfyUI's own requirements.txt into the Python that runs it, then start it again."
+        f"Concept Surgery needs {', '.join(missing)}, which ComfyUI, Automatic1111 and Forge bring "
+        "themselves. Install the host's own requirements into the Python that runs it, then start "
+        "it again."
     )

@@ -26,6 +26,7 @@ from ..erase_core.artefact.stack import (
 from ..erase_core.artefact.together import changes_together
 from ..erase_core.method.collateral import WordChanges
 from ..erase_core.settings.layers import LayerRuleError, reads_prompt
+from ..erase_core.settings.widgets import check_choice
 from .downstream import weight_takers
 from .encoding import encode_null
 from .exact import add_side_path
@@ -34,7 +35,7 @@ from .host import ComfyDenoiser
 from .kinds import misfit
 from .matrices import is_base_of, known_matrices, kohya_keys, original_weights
 from .messages import upstream_file, warn_all
-from .refusals import check_choice, refusal
+from .refusals import refusal
 from .schema import CATEGORY, ErasureType, compatible
 from .stores import language_store
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..erase_core.artefact.stack import EXACT, left_behind_text
+from .messages import warn
+
+APPLY = "ConceptSurgeryApply"
 MODEL = "MODEL"
 # Types of outputs that a MODEL may leave by: its own, and those of nodes that pass anything on.
 ANYTHING = ("*", "COMFY_MATCHTYPE_V3")
@@ -43,6 +47,39 @@ def weight_takers(
                     outputs.add((consumer, slot))
                     waiting.append((consumer, slot))
     return [f"{prompt[key]['class_type']} (node {key})" for key in prompt if key in found]
+
+
+def install(server: Any) -> None:
+    """Have every graph looked at when it is queued.
+
+    A host that still has what *Apply Erased UNet* gave doesn't run it again because a node that
+    saves was put behind it, so that node can't warn of it.
+    """
+    if hasattr(server, "add_on_prompt_handler"):
+        server.add_on_prompt_handler(say_what_is_left_behind)
+
+
+def say_what_is_left_behind(request: Any) -> Any:
+    """Warn, under the node that applies it, where an erasure won't be in what a graph saves.
+
+    Args:
+        request: what the front end sends to queue a graph; it is returned as it came.
+    """
+    prompt = request.get("prompt") if isinstance(request, dict) else None
+    nodes = prompt.items() if isinstance(prompt, dict) else ()
+    exact = [key for key, node in nodes if _applies_beside(node)]
+    for key in exact:
+        takers = weight_takers(prompt, key)
+        if takers:
+            warn(left_behind_text("the erasure", takers), key)
+    return request
+
+
+def _applies_beside(node: Any) -> bool:
+    if not isinstance(node, dict) or node.get("class_type") != APPLY:
+        return False
+    inputs = node.get("inputs", {})
+    return inputs.get("mode") == EXACT and inputs.get("strength") != 0
 
 
 def _consumers(

@@ -8,6 +8,8 @@ from .apply import ApplyErasure
 from .compare import CompareErasure
 from .files import LoadErasure, SaveErasure
 from .join import JoinErasures
+from .purify import PurifyImage
+from .report import ErasureReport
 from .settings import ErasureSettings
 from .suggest import SuggestNames
 from .take_out import TakeConceptsOut
@@ -25,6 +27,8 @@ class ConceptSurgeryExtension(ComfyExtension):
             SuggestNames,
             ApplyErasure,
             CompareErasure,
+            ErasureReport,
+            PurifyImage,
             JoinErasures,
             TakeConceptsOut,
             SaveErasure,

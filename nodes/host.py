@@ -61,9 +61,10 @@ class ComfyDenoiser(Denoiser):
         clip: the host's CLIP.
         base_name: name of the checkpoint, for the record.
         images: most images per prediction, for the host's memory planning.
-        resolution: side of the pictures in pixels, likewise.
+        resolution: longer side of the pictures in pixels, likewise.
         layers: which matrices train, see :mod:`erase_core.settings.layers`; None for the
             family's own.
+        sides: width and height of the pictures in pixels, where they aren't square.
 
     Raises:
         UnsupportedModelError: a model that can't be trained on, a CLIP with hooks or of another
@@ -79,6 +80,7 @@ class ComfyDenoiser(Denoiser):
         images: int,
         resolution: int,
         layers: str | None = None,
+        sides: tuple[int, int] | None = None,
     ) -> None:
         self._family = trainable_family(model)
         refuse_hooks(clip)
@@ -95,7 +97,7 @@ class ComfyDenoiser(Denoiser):
         # Nodes upstream may have chosen it, on the patcher.
         self.dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
         self._planned_shape = [images, *self.latent_shape(resolution)]
-        self._size = {"width": resolution, "height": resolution}
+        self._size = dict(zip(("width", "height"), sides or (resolution, resolution), strict=True))
 
     def __enter__(self) -> ComfyDenoiser:
         self._stack = contextlib.ExitStack()
@@ -155,6 +157,11 @@ class ComfyDenoiser(Denoiser):
         sampling = self._model.get_model_object("model_sampling")
         sigma = sigma.to(noise.device)
         return sampling.noise_scaling(sigma, noise, torch.zeros_like(noise), max_denoise=True)
+
+    def noisy_picture(self, picture: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """See :class:`erase_core.model.denoiser.Denoiser`."""
+        sampling = self._model.get_model_object("model_sampling")
+        return sampling.noise_scaling(sigma.to(picture.device), noise, picture)
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
         """See :class:`erase_core.model.denoiser.Denoiser`. From the host's own sampling object."""
@@ -291,8 +298,12 @@ def with_resident_weights(model):
         ) from error
 
 
-def left_out_of_training(model) -> list[str]:
-    """What upstream nodes put around the network that training does not run, in words."""
+def left_out_of_training(model, what: str = "Training") -> list[str]:
+    """What upstream nodes put around the network that training does not run, in words.
+
+    Args:
+        what: ran without it.
+    """
     options = model.model_options
     around = options.get("transformer_options", {})
     names = [name for name in ("patches", "patches_replace") if around.get(name)]
@@ -303,7 +314,7 @@ def left_out_of_training(model) -> list[str]:
     if not names:
         return []
     return [
-        f"Training ran without what upstream nodes put around the model ({', '.join(names)}); "
+        f"{what} ran without what upstream nodes put around the model ({', '.join(names)}); "
         "weight patches such as LoRAs were in place."
     ]
 

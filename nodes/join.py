@@ -65,10 +65,10 @@ class JoinErasures(io.ComfyNode):
         refuse_another_model(model, erasures)
         name = upstream_file(cls.hidden.prompt, cls.hidden.unique_id, "model")
         warnings += other_bases(model, erasures, name)
-        erasure, stored = run_to_end(model, clip, settings, cls.hidden)
+        ran = run_to_end(model, clip, settings, cls.hidden)
         notes = [f"Joined from {len(erasures)} erasures: {_named(erasures)}.", *warnings]
-        report = report_of(erasure, stored, model, cls.hidden.unique_id, notes, warnings)
-        return io.NodeOutput(erasure, report)
+        report = report_of(ran, model, cls.hidden.unique_id, notes, warnings)
+        return io.NodeOutput(ran.erasure, report, ui=ran.ui)
 
 
 def distinct(erasures: Sequence[Erasure | None]) -> list[Erasure]:

@@ -1,13 +1,14 @@
-"""The words on a sheet that compares pictures, drawn with the host's Pillow."""
+"""The words on a sheet that compares pictures, and charts, drawn with the host's Pillow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..erase_core.artefact.chart import PAPER, Chart, neighbour_chart
 from ..erase_core.artefact.sheet import (
     EMPTY,
     ERASED,
@@ -70,8 +71,38 @@ def labelled(
     bottom = layout.size[1] - layout.margin - layout.line
     across = layout.size[0] - 2 * layout.margin
     _write(pen, font, layout, (layout.margin, bottom), caption, FAINT, across)
+    return _values(image)
+
+
+def map_picture(record: Mapping[str, Any]) -> Tensor:
+    """What an erasure does to its concepts and to their neighbours, (height, width, 3)."""
+    return charted(neighbour_chart(record))
+
+
+def charted(chart: Chart) -> Tensor:
+    """A chart as a picture, (height, width, 3) from 0 to 1."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (chart.width, chart.height), PAPER)
+    pen = ImageDraw.Draw(image)
+    for box in chart.boxes:
+        pen.rectangle((box.left, box.top, box.right - 1, box.bottom - 1), box.colour)
+    for line in chart.lines:
+        font = _font(line.size, line.text)
+        for text in wrapped(line.text, line.width, 1, _measure(font)):
+            pen.text((line.left, line.top), _drawable(text, font), line.colour, font)
+    return _values(image)
+
+
+def _values(image: Any) -> Tensor:
+    """A picture of Pillow's, (height, width, 3) from 0 to 1."""
     values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return values.view(image.height, image.width, 3).float() / 255
+
+
+def _measure(font: Any) -> Callable[[str], float]:
+    """The width of a text as it can be drawn."""
+    return lambda text: font.getlength(_drawable(text, font))
 
 
 def _write(
@@ -86,7 +117,7 @@ def _write(
 ) -> None:
     """A text from (left, top) on, in ``most`` lines; by default in one as wide as the labels."""
     across = width or layout.label_width
-    lines = wrapped(text, across, most, lambda line: font.getlength(_drawable(line, font)))
+    lines = wrapped(text, across, most, _measure(font))
     for number, line in enumerate(lines):
         spot = (place[0], place[1] + number * layout.line)
         pen.text(spot, _drawable(line, font), ink, font)

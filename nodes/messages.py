@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,6 +66,49 @@ def preview(text: str) -> ui.PreviewText:
 def show_progress_text(stage: str, loss: float | None, node_id: str | None) -> None:
     """The stage and the loss under the node, where the host can."""
     _send_text(stage if loss is None else f"{stage}, loss {loss:.3f}", node_id)
+
+
+def clear_progress_text(node_id: str | None) -> None:
+    """Nothing under the node any more: a run has ended, however it did."""
+    _send_text("", node_id)
+
+
+def send_event(name: str, data: Mapping[str, Any], client_id: str | None) -> None:
+    """An event of our own to the page that queued a graph, with all of its texts made safe.
+
+    Args:
+        client_id: of the page; None sends it to nobody.
+    """
+    server = _running_server()
+    if client_id is not None and server is not None:
+        server.send_sync(shown(name), all_shown(data), client_id)
+
+
+def all_shown(value: Any) -> Any:
+    """Plain JSON values with every text as a front end may show it."""
+    if isinstance(value, str):
+        return shown(value)
+    if isinstance(value, Mapping):
+        return {key: all_shown(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [all_shown(item) for item in value]
+    return value
+
+
+def where_it_runs() -> tuple[str | None, str | None]:
+    """The ids of the queued graph that the host runs, and of the page that queued it."""
+    client_id = getattr(_running_server(), "client_id", None)
+    try:
+        from comfy_execution.utils import get_executing_context
+    except ImportError:
+        return None, client_id
+    context = get_executing_context()
+    return getattr(context, "prompt_id", None), client_id
+
+
+def _running_server() -> Any:
+    """The host's web server; None where nodes are called from Python, without one."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def upstream_file(prompt: Mapping[str, Any] | None, node_id: str | None, name: str) -> str:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-from ..erase_core import SettingsError
 from .messages import id_of, shown, warn
 
 REMEMBERED = 256  # sentences, of graphs that are being answered
@@ -89,19 +88,6 @@ def refusal(
         _said.popitem(last=False)
     warn(text, place.node_id or said_by)
     return text
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Refuse a choice that isn't there, which some hosts let through.
-
-    Raises:
-        SettingsError: another value.
-    """
-    if not isinstance(value, str) or value not in choices:
-        raise SettingsError(
-            f"Unknown {name.replace('_', ' ')} {value!r}. Choose one of: {', '.join(choices)}.",
-            name,
-        )
 
 
 def sent_values(node: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import comfy.utils
@@ -11,11 +12,25 @@ import torch
 from ..erase_core import EraseSettings, Erasure, Meter, Progress, erase
 from ..erase_core.artefact.identity import USE_IF_THERE
 from ..erase_core.artefact.report import report_text
+from ..erase_core.artefact.results import ResultStore
 from ..erase_core.run.plan import cost_warning
 from .families import trainable_family
 from .host import ComfyDenoiser, left_out_of_training
-from .messages import show_progress_text, shown, upstream_file, warn, warn_all
-from .stores import language_store, result_store
+from .live import LiveRun
+from .messages import (
+    all_shown,
+    clear_progress_text,
+    show_progress_text,
+    shown,
+    upstream_file,
+    warn,
+    warn_all,
+    where_it_runs,
+)
+from .previews import Previewer
+from .stores import language_store, result_store, unfinished_store
+
+BAR = 1000  # length of the host's bar
 
 
 def refuse_without_clip(clip) -> None:
@@ -31,28 +46,68 @@ def refuse_without_clip(clip) -> None:
         )
 
 
-def run_to_end(
-    model, clip, settings: EraseSettings, hidden: Any, reuse: str = USE_IF_THERE
-) -> tuple[Erasure, bool]:
+@dataclass(frozen=True)
+class Ran:
+    """What came of a run.
+
+    Attributes:
+        erasure: what it gave.
+        notes: how it came about, for the report and the node.
+        ui: what a page shows at the node, also where the host has the result in its cache.
+    """
+
+    erasure: Erasure
+    notes: list[str]
+    ui: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, erasure: Erasure, meter: Meter, results: ResultStore) -> Ran:
+        """With what is to be said of a run's end."""
+        record, notes = erasure.record, []
+        steps = record["settings"]["steps"]
+        if meter.reused:
+            notes.append(f"Taken from the store: trained on {record['created']}.")
+        elif meter.resumed_at is not None:
+            notes.append(f"Went on from step {meter.resumed_at} of an earlier run.")
+        if not record["complete"] and not record["ended_by"]:
+            notes.append(f"Stopped after {record['steps_done']} of {steps} steps and kept.")
+            if results.written is not None:
+                notes.append(f"It lies in {results.written}.")
+            if meter.resumable:
+                notes.append("Choose 'resume' as the stored result to go on from there.")
+        return cls(erasure, notes)
+
+
+def run_to_end(model, clip, settings: EraseSettings, hidden: Any, reuse: str = USE_IF_THERE) -> Ran:
     """One run of the engine on the host's MODEL and CLIP.
 
     Args:
         hidden: the node's hidden inputs, with its id and the graph.
         reuse: what to do about a stored result, see :func:`erase_core.erase`.
-
-    Returns:
-        The erasure, and whether it was taken from the store.
     """
     node_id = hidden.unique_id
     name = upstream_file(hidden.prompt, node_id, "model")
-    results = result_store(node_id)
-    meter = Meter(_progress_of(model, settings, node_id))
+    results, unfinished = result_store(node_id), unfinished_store(node_id)
+    show = _progress_of(model, settings, node_id)
+
+    def report(progress: Progress) -> None:
+        show(progress)
+        live.progressed(progress)
+
+    meter = Meter(report, preview=lambda preview: live.previewed(preview))
+    live = LiveRun(node_id, *where_it_runs(), settings, Previewer(model), meter)
     images, size = 3 * settings.batch, settings.resolution
-    # The host runs nodes in inference mode, where nothing can be trained.
-    with torch.inference_mode(False), torch.enable_grad():
-        with ComfyDenoiser(model, clip, name, images, size, settings.layers) as denoiser:
-            erasure = erase(settings, denoiser, language_store(), meter, results, reuse)
-    return erasure, meter.reused
+    try:
+        # The host runs nodes in inference mode, where nothing can be trained.
+        with live, torch.inference_mode(False), torch.enable_grad():
+            with ComfyDenoiser(model, clip, name, images, size, settings.layers) as denoiser:
+                given = (settings, denoiser, language_store(), meter, results, reuse, unfinished)
+                erasure = erase(*given)
+            ran = Ran.of(erasure, meter, results)
+            live.ended_with(erasure, " ".join(ran.notes))
+    finally:
+        clear_progress_text(node_id)
+    return replace(ran, ui={"concept_surgery": [all_shown(live.snapshot())]})
 
 
 def _progress_of(model, settings: EraseSettings, node_id: str | None) -> Callable[[Progress], None]:
@@ -67,18 +122,16 @@ def _progress_of(model, settings: EraseSettings, node_id: str | None) -> Callabl
             costly = cost_warning(settings, progress.total, own_size)
             if costly:
                 warn(costly, node_id)
-        total = max(1, progress.total)  # the instant form plans no evaluation at all
         if not bars:
-            bars.append(comfy.utils.ProgressBar(total))
-        bars[0].update_absolute(progress.done, total)
+            bars.append(comfy.utils.ProgressBar(BAR))
+        bars[0].update_absolute(round(progress.share * BAR), BAR)
         show_progress_text(f"{costly} {progress.stage}".strip(), progress.loss, node_id)
 
     return show
 
 
 def report_of(
-    erasure: Erasure,
-    stored: bool,
+    ran: Ran,
     model,
     node_id: str | None,
     notes: Sequence[str] = (),
@@ -87,13 +140,10 @@ def report_of(
     """The report of a run as text, after its warnings were given at the node.
 
     Args:
-        stored: whether it was taken from the store.
+        ran: what came of it.
         notes: what the node itself has to say.
         warnings: what it warns of beside what the record does.
     """
-    record = erasure.record
+    record = ran.erasure.record
     warn_all([*warnings, *record["warnings"]], node_id)
-    notes = [*notes, *left_out_of_training(model)]
-    if stored:
-        notes.insert(0, f"Taken from the store: trained on {record['created']}.")
-    return shown(report_text(record, notes))
+    return shown(report_text(record, [*ran.notes, *notes, *left_out_of_training(model)]))

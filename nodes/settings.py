@@ -7,19 +7,15 @@ from typing import Any
 
 from comfy_api.v0_0_2 import io
 
-from ..erase_core import PRESETS, EraseSettings, SettingsError, preset_settings
+from ..erase_core import PRESETS, EraseSettings, SettingsError
 from ..erase_core.artefact.identity import REUSE
-from ..erase_core.settings.families import Family, generic
+from ..erase_core.settings.families import Family
 from ..erase_core.settings.layers import LAYER_RULES
 from ..erase_core.settings.settings import FORMS, NULL_SCORES
-from ..erase_core.settings.texts import label, parse_concepts, refuse_unfinished
-from .refusals import check_choice
+from ..erase_core.settings.texts import label
+from ..erase_core.settings.widgets import AS_PRESET, AUTO, check_choice, settings_of
 from .schema import CATEGORY, SettingsType, compatible
 
-AS_PRESET = -1
-AUTO = "auto"  # as the model's family says
-DISTILLED_MODEL = "distilled"
-MODEL_TYPES = ("standard", DISTILLED_MODEL)
 TITLE = "Erasure Settings"
 _OPTIONAL = {"optional": True}
 
@@ -75,57 +71,13 @@ def refuse_impossible(values: Mapping[str, Any]) -> None:
 def settings_from_widgets(
     widgets: Mapping[str, Any], family: Family | None = None
 ) -> EraseSettings:
-    """The engine's settings from the node's widgets; -1 leaves a value to the preset.
-
-    Args:
-        family: of the model; None where it isn't known yet.
+    """The engine's settings from the node's widgets, see :func:`widgets.settings_of`.
 
     Raises:
         SettingsError: a value that can't work.
     """
-    for name, choices in (("model_type", MODEL_TYPES), ("stored_result", REUSE)):
-        check_choice(name, widgets.get(name, choices[0]), choices)
-    if not widgets.get("replace_with"):  # else a bare arrow excepts its line from that
-        refuse_unfinished(widgets.get("erase"))
-    numbers = {
-        name: None if _is(AS_PRESET, widgets.get(name, AS_PRESET)) else widgets[name]
-        for name in (
-            "steps",
-            "rank",
-            "learning_rate",
-            "protection",
-            "stop_below",
-            "batch",
-            "trajectories",
-            "captions",
-        )
-    }
-    as_they_are = ["keep", "negative_prompts", "kind", "templates", "eta"]
-    as_they_are += ["drift_weight", "keep_weight", "null_score"]
-    chosen = {
-        name: None if _is(AUTO, widgets.get(name, AUTO)) else widgets[name]
-        for name in ("form", "layers")
-    }
-    defaults = family.defaults if family else {}
-    other = generic("").defaults
-    if family is None and chosen["form"] is None and chosen["layers"] == other["layers"]:
-        defaults = other  # of the models that these layers are for
-    return preset_settings(
-        widgets.get("preset", "balanced"),
-        distilled=widgets.get("model_type", MODEL_TYPES[0]) == DISTILLED_MODEL,
-        family=defaults,
-        resolution=None if _is(0, widgets.get("resolution", 0)) else widgets["resolution"],
-        concepts=parse_concepts(widgets.get("erase"), widgets.get("replace_with")),
-        seed=widgets.get("training_seed", 0),
-        **{name: widgets.get(name) for name in as_they_are},
-        **chosen,
-        **numbers,
-    )
-
-
-def _is(standing_in: int | str, value: Any) -> bool:
-    """Whether a widget leaves its value to the preset or the model; a link may bring anything."""
-    return isinstance(value, int | float | str) and value == standing_in
+    check_choice("stored_result", widgets.get("stored_result", REUSE[0]), REUSE)
+    return settings_of(widgets, family)
 
 
 def expert_values(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,6 +189,14 @@ def _inputs() -> list[Any]:
             100_000,
             "Plain captions, and nearly as many words of the text encoder's own, that stand for "
             "the rest of the language." + preset,
+        ),
+        _float(
+            "keep_room",
+            (0.02, 1.0),
+            EraseSettings.keep_room,
+            "Hard form: the share of a concept that prompts kept exactly must leave to it. With "
+            "less room more of them are exact, and other words change more; the report says how "
+            "much. Below 0.1 they changed a lot on one of two models.",
         ),
     ]
 

@@ -8,6 +8,7 @@ import folder_paths
 
 from ..erase_core.artefact.language_store import LanguageStore
 from ..erase_core.artefact.results import ResultStore
+from ..erase_core.artefact.unfinished import UnfinishedStore
 from .messages import warn
 
 
@@ -24,6 +25,16 @@ def result_store(node_id: str | None) -> ResultStore:
 def language_store() -> LanguageStore:
     """What was read of ordinary language, by text encoder."""
     return LanguageStore(_own_folder() / "language")
+
+
+def unfinished_store(node_id: str | None) -> UnfinishedStore:
+    """What runs leave that end before their time."""
+    return UnfinishedStore(_own_folder() / "unfinished", lambda text: warn(text, node_id))
+
+
+def picture_store() -> LanguageStore:
+    """Small pictures of finished erasures, by their identity: tensors like what is read."""
+    return LanguageStore(_own_folder() / "pictures")
 
 
 def _own_folder() -> Path:

@@ -15,10 +15,11 @@ from ..erase_core.method.suggest import Suggestion, suggest
 from ..erase_core.model.prompt import Encoded
 from ..erase_core.settings.families import FLUX, SD3, SDXL
 from ..erase_core.settings.texts import Concept, parse_concepts
+from ..erase_core.settings.widgets import check_choice
 from .encoding import encode_null, encode_prompts
 from .kinds import MATRIX
 from .messages import id_of, preview, show_progress_text, shown
-from .refusals import check_choice, refusal
+from .refusals import refusal
 from .runs import refuse_without_clip
 from .schema import CATEGORY, compatible
 from .tokens import row_ids

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -10,10 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..erase_core.method.alignment import STREAM_IDS, VECTOR_IDS
-
-# Bytes of a hash that tell one vector from another, few enough to stay below STREAM_IDS.
-_HASH_BYTES = 7
+from ..erase_core.method.alignment import STREAM_IDS, vector_id
 
 
 def row_ids(clip, prompt: str, streams: Sequence[Sequence[str]] = ()) -> list[int]:
@@ -63,7 +59,7 @@ def _section_ids(section: Sequence[Sequence[Any]], tokenizer: Any) -> Iterator[i
             continue
         vectors = _vectors(token)
         if width in (None, vectors.shape[-1]):
-            yield from map(_vector_id, vectors)
+            yield from map(vector_id, vectors)
         else:
             left_out += len(vectors)
     yield from [getattr(tokenizer, "pad_token", 0)] * left_out
@@ -74,8 +70,3 @@ def _vectors(token: Any) -> Tensor:
     data = token.get("data") if isinstance(token, Mapping) else token
     rows = torch.as_tensor(data).detach().float().cpu()
     return rows.reshape(-1, rows.shape[-1])
-
-
-def _vector_id(vector: Tensor) -> int:
-    digest = hashlib.sha256(vector.contiguous().numpy().tobytes()).digest()
-    return VECTOR_IDS + int.from_bytes(digest[:_HASH_BYTES], "little")

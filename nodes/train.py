@@ -11,11 +11,12 @@ from ..erase_core import KINDS, PRESETS, Erasure
 from ..erase_core.artefact.identity import REUSE, USE_IF_THERE
 from ..erase_core.settings.prompts import prompt_pairs
 from ..erase_core.settings.texts import SettingsError
+from ..erase_core.settings.widgets import MODEL_TYPES
 from .families import trainable_family
 from .refusals import Place, is_link, refusal, sent_behind, sent_values, unwrapped
 from .runs import refuse_without_clip, report_of, run_to_end
 from .schema import CATEGORY, ErasureType, SettingsType, compatible
-from .settings import EXPERT, MODEL_TYPES, TITLE, expert_values, settings_from_widgets
+from .settings import EXPERT, TITLE, expert_values, settings_from_widgets
 
 LINKED = "concept from a link"  # stands for a concept that isn't known yet
 
@@ -107,9 +108,10 @@ class TrainErasure(io.ComfyNode):
         widgets = widgets_of({**undeclared_values(cls.hidden), **widgets}, settings)
         asked = settings_from_widgets(widgets, trainable_family(model))
         reuse = widgets.get("stored_result", USE_IF_THERE)
-        erasure, stored = run_to_end(model, clip, asked, cls.hidden, reuse)
-        report = report_of(erasure, stored, model, cls.hidden.unique_id)
-        return io.NodeOutput(erasure, {"loss": _loss_curve(erasure)}, report)
+        ran = run_to_end(model, clip, asked, cls.hidden, reuse)
+        report = report_of(ran, model, cls.hidden.unique_id)
+        losses = {"loss": _loss_curve(ran.erasure)}
+        return io.NodeOutput(ran.erasure, losses, report, ui=ran.ui)
 
 
 def widgets_of(given: Mapping[str, Any], wired: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -263,6 +265,8 @@ def _more_inputs() -> list[Any]:
             optional=True,
             tooltip="A finished training is kept on disk and used again where model, LoRAs, text "
             "encoder and all settings are the same. train again: replaces what is stored. "
-            "use only: an error where nothing is stored, for batches that must not train.",
+            "use only: an error where nothing is stored, for batches that must not train. "
+            "A training that was cancelled goes on by itself where it was. resume: goes on with "
+            "one that was stopped, or adds steps to a finished one.",
         ),
     ]

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-# What a tokenizer writes beside a token that begins or ends a word: sentencepiece, BPE of bytes,
-# maps of plain bytes (a space), and CLIP's. Tokens with capitals drop out: in lower case they are
-# tokens of their own or several, and some are names in code.
-_MARKED = re.compile(r"[▁Ġ ]([a-z]{3,})|([a-z]{3,})</w>")
-# Without such marks, as in WordPiece, a token is a word unless it begins with "##".
-_PLAIN = re.compile(r"([a-z]{3,})")
+from ..erase_core.method.words import numbered_words
+
 # What tokenizers raise that can't list their tokens.
 _NO_LIST = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -36,7 +31,7 @@ def vocabulary(clip, streams: Sequence[str] = ()) -> list[str]:
 def numbered_vocabulary(clip, streams: Sequence[str] = ()) -> tuple[str, dict[str, int]]:
     """The same with the id of each, and the host's name of the tokenizer; "" if it has none."""
     for name, tokenizer in _tokenizers(clip, streams):
-        words = _words(_tokens(tokenizer))
+        words = numbered_words(_tokens(tokenizer))
         if words:
             return name, words
     return "", {}
@@ -67,21 +62,4 @@ def _tokens(tokenizer: Any) -> Mapping[int, Any]:
             continue
         if by_id:
             return by_id
-    return {}
-
-
-def _words(tokens: Mapping[int, Any]) -> dict[str, int]:
-    """The words among the tokens with their ids, in order of these."""
-    for form in (_MARKED, _PLAIN):
-        found = {}
-        for number, token in tokens.items():
-            text = token.decode("utf-8", "replace") if isinstance(token, bytes) else token
-            match = form.fullmatch(text) if isinstance(text, str) else None
-            if match:
-                found[number] = next(filter(None, match.groups()))
-        if found:
-            numbered: dict[str, int] = {}
-            for number in sorted(found):
-                numbered.setdefault(found[number], number)
-            return numbered
     return {}

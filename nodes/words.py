@@ -23,6 +23,7 @@ LABELS = {
     "trajectories": "Trajectories (sampling runs)",
     "captions": "Captions (language read)",
     "layers": "Layers that train",
+    "keep_room": "Room beside kept prompts",
 }
 
 # What people type into the search. web/search.js has the same for front ends that get none.
@@ -43,6 +44,8 @@ SEARCH_WORDS: dict[str, tuple[str, ...]] = {
     "ConceptSurgerySettings": ("expert settings", "training steps", "rank", "learning rate"),
     "ConceptSurgerySuggest": ("synonyms", "other names", "neighbours", "similar words"),
     "ConceptSurgeryApply": ("apply erasure", "erased model", "patch model", "strength"),
+    "ConceptSurgeryReport": ("verdict", "what changes", "erasure statistics"),
+    "ConceptSurgeryPurify": ("clean image", "remove from picture", "inversion", "img2img"),
     "ConceptSurgeryCompare": ("before after", "compare", "grid", "xy plot", "test erasure"),
     "ConceptSurgeryJoin": ("merge erasures", "combine erasures", "stack", "several concepts"),
     "ConceptSurgeryTakeOut": ("restore concept", "undo erasure", "split erasure"),

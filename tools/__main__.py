@@ -1,4 +1,4 @@
-"""``python -m tools setup|demo|test|lint|publishable``: each sets up what it needs first.
+"""``python -m tools setup|demo|test|lint|publishable|templates``: each sets up what it needs first.
 
 Runs with any Python from 3.10 on and the standard library; all but setup then run again in
 ``build/venv``.
@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _call([python, "-m", "tools", *(arguments or sys.argv[1:])])
         if options.command == "publishable":
             return _publishable()
+        if options.command == "templates":
+            return _templates(options.pictures)
         from tools.demo import run_demo
 
         run_demo(options.threads)
@@ -63,6 +65,8 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
     demo.add_argument("--threads", type=int, default=2, help="processor threads for the host")
     commands.add_parser("lint", help="check style, format and types")
     commands.add_parser("publishable", help="say what keeps the pack from being published")
+    templates = commands.add_parser("templates", help="write the example workflows")
+    templates.add_argument("--pictures", action="store_true", help="draw thumbnails, for minutes")
     commands.add_parser("test", help="run the tests; further arguments go to pytest")
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "test":
@@ -80,6 +84,21 @@ def _publishable() -> int:
         print("Not publishable yet: mend or fill in what is listed above.")
         return 1
     print(f"Publishable: {len(published_files(ROOT))} files, nothing missing.")
+    return 0
+
+
+def _templates(pictures: bool) -> int:
+    from tools.templates import FOLDER, write
+
+    write()
+    if pictures:
+        from tools.pack import load_pack
+
+        load_pack()
+        from tools.thumbnails import draw
+
+        draw()
+    print(f"Written: {FOLDER}")
     return 0
 
 

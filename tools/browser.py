@@ -53,10 +53,12 @@ class Browser:
 
     Attributes:
         complaints: what the page wrote to its console as errors, and exceptions nobody caught.
+        clicks: how often the mouse was pressed.
     """
 
     def __init__(self, executable: str, start_timeout: float = 60.0) -> None:
         self.complaints: list[str] = []
+        self.clicks = 0
         self._executable = executable
         self._timeout = start_timeout
         self._loop = asyncio.new_event_loop()
@@ -126,6 +128,20 @@ class Browser:
                 last = [text[:300] for text in self.complaints[-3:]]
                 raise BrowserError(f"{script} was never true. Last in the console: {last}")
             time.sleep(_POLL)
+
+    def click(self, x: float, y: float) -> None:
+        """Press and release the left mouse button at a place in the page, in its pixels."""
+        self.clicks += 1
+        for kind, buttons in (("mouseMoved", 0), ("mousePressed", 1), ("mouseReleased", 0)):
+            self._call(
+                "Input.dispatchMouseEvent",
+                type=kind,
+                x=x,
+                y=y,
+                button="none" if kind == "mouseMoved" else "left",
+                buttons=buttons,
+                clickCount=0 if kind == "mouseMoved" else 1,
+            )
 
     def screenshot(self, path: Path) -> None:
         """Write what the page looks like as a PNG."""

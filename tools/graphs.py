@@ -80,6 +80,11 @@ def take_out(name: str = "take", *, concepts: str, erasure: Output = ("train", 0
     return node(name, "ConceptSurgeryTakeOut", erasure=erasure, concepts=concepts)
 
 
+def report(name: str = "report", *, erasure: Output = ("train", 0)) -> Graph:
+    """Say what an erasure does: Markdown, JSON and a chart are its outputs 0, 1 and 2."""
+    return node(name, "ConceptSurgeryReport", erasure=erasure)
+
+
 def apply(
     name: str = "apply",
     *,

@@ -21,6 +21,8 @@ export const SEARCH_WORDS = {
   ConceptSurgerySettings: ["expert settings", "training steps", "rank", "learning rate"],
   ConceptSurgerySuggest: ["synonyms", "other names", "neighbours", "similar words"],
   ConceptSurgeryApply: ["apply erasure", "erased model", "patch model", "strength"],
+  ConceptSurgeryReport: ["verdict", "what changes", "erasure statistics"],
+  ConceptSurgeryPurify: ["clean image", "remove from picture", "inversion", "img2img"],
   ConceptSurgeryCompare: ["before after", "compare", "grid", "xy plot", "test erasure"],
   ConceptSurgeryJoin: ["merge erasures", "combine erasures", "stack", "several concepts"],
   ConceptSurgeryTakeOut: ["restore concept", "undo erasure", "split erasure"],

@@ -109,6 +109,10 @@ class IconsDenoiser(Denoiser):
         """See the protocol."""
         return noise * sigma
 
+    def noisy_picture(self, picture: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """See the protocol: a flow goes straight from the picture to the noise."""
+        return (1 - sigma) * picture + sigma * noise
+
     def loss_weight(self, sigma: Tensor) -> Tensor:
         """See the protocol: the network puts out a velocity."""
         return torch.ones_like(sigma)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..method.language import MOSTLY_UNKNOWN
 from ..method.protection import HARM, RUIN
+from ..method.subspace import KEEP_FLOOR, ExactSet
 from ..settings.settings import EraseSettings
 from .record import WORSE
 
@@ -78,6 +79,18 @@ def training_warnings(settings: EraseSettings, training: str) -> list[str]:
         "Training ended worse than it began, so the start is handed on: the closed form, as the "
         f"preset 'instant' gives it. Lower the learning rate (it is {settings.learning_rate:g}) or "
         "raise the protection."
+    ]
+
+
+def room_warnings(settings: EraseSettings, exact: ExactSet) -> list[str]:
+    """That keep prompts were made exact in less room than is usual, where they were."""
+    tight = [one.text for one in exact.kept if one.exact and one.share_left < KEEP_FLOOR]
+    if not tight:
+        return []
+    return [
+        f"What is kept exactly leaves only {exact.share_left:.0%} of its edit to a concept (usual "
+        f"is {KEEP_FLOOR:.0%} or more), so other words may change more. Look at what else changes, "
+        f"and raise the room beside kept prompts (it is {settings.keep_room:g}) if it is too much."
     ]
 
 

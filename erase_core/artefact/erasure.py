@@ -206,7 +206,9 @@ class Erasure:
         if naming == formats.KOHYA:
             return formats.kohya_tensors(self.bases, self.factors)
         try:
-            return formats.diffusers_tensors(self.bases, self.factors, self.record["family"])
+            return formats.diffusers_tensors(
+                self.bases, self.factors, self.record["family"], self.record.get(formats.LAYERS_KEY)
+            )
         except ValueError as error:
             raise ErasureFileError(
                 f"The erasure of {self.concept!r} can't be saved for diffusers. {error} Save it "
@@ -302,8 +304,9 @@ class Erasure:
             )
         try:
             record = read_record(metadata[formats.RECORD_KEY])
-            family = record.get("family") if isinstance(record, Mapping) else None
-            tensors = formats.as_kohya(tensors, family)
+            known = record if isinstance(record, Mapping) else {}
+            said = known.get("family"), known.get(formats.LAYERS_KEY)
+            tensors = formats.as_kohya(tensors, *said)
             bases, factors = formats.read_kohya_tensors(tensors)
         except ValueError as error:
             raise ErasureFileError(f"{name} is damaged: {error} Get the file again.") from error

@@ -27,6 +27,7 @@ LONGEST_MATRIX = 120  # letters of its name
 _MATRIX = re.compile(rf"\w{{1,{LONGEST_MATRIX}}}")  # no dots, which names of other weights have
 PEFT_DOWN, PEFT_UP = ".lora_A.weight", ".lora_B.weight"
 KOHYA, DIFFUSERS = NAMINGS = ("kohya", "diffusers")
+LAYERS_KEY = "diffusers_layers"  # of a record, where diffusers' names aren't the family's
 
 
 def kohya_tensors(bases: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -44,11 +45,17 @@ def kohya_tensors(bases: Mapping[str, Tensor], factors: Mapping[str, Tensor]) ->
 
 
 def diffusers_tensors(
-    bases: Mapping[str, Tensor], factors: Mapping[str, Tensor], family: str
+    bases: Mapping[str, Tensor],
+    factors: Mapping[str, Tensor],
+    family: str,
+    layers: Any = (),
 ) -> dict[str, Tensor]:
     """The same under the names that diffusers reads: PEFT's, or kohya's where it knows those.
 
     Without an alpha, which PEFT keeps elsewhere: readers then take the rank for it.
+
+    Args:
+        layers: what a record says of its layers in diffusers, see :func:`layer_names`.
 
     Raises:
         ValueError: a matrix that diffusers has another layout for, or a family that isn't known.
@@ -56,7 +63,7 @@ def diffusers_tensors(
     known = by_name(family).diffusers_names
     if known == {}:
         return kohya_tensors(bases, factors)
-    names = known or {}
+    names = {**layer_names(layers), **(known or {})}
     odd = sorted(set(factors) - set(names))
     if odd:
         raise ValueError(
@@ -71,14 +78,26 @@ def diffusers_tensors(
     return tensors
 
 
-def as_kohya(tensors: Mapping[str, Tensor], family: Any) -> Mapping[str, Tensor]:
+def layer_names(layers: Any) -> dict[str, str]:
+    """PEFT's names of layers by their kohya names.
+
+    Args:
+        layers: what a record says of layers that diffusers calls otherwise than the hosts: their
+            places in its network, with dots. Anything else, as a damaged file may have, is nothing.
+    """
+    paths = [path for path in layers if isinstance(path, str)] if isinstance(layers, list) else []
+    return {f"lora_unet_{path.replace('.', '_')}": f"transformer.{path}" for path in paths}
+
+
+def as_kohya(tensors: Mapping[str, Tensor], family: Any, layers: Any = ()) -> Mapping[str, Tensor]:
     """Tensors of a file under kohya names, whichever of the two it has; unknown names stay.
 
     Args:
         family: what the file's record says.
+        layers: likewise, see :func:`layer_names`.
     """
     names = (by_name(family).diffusers_names if isinstance(family, str) else None) or {}
-    known = {theirs: ours for ours, theirs in names.items()}
+    known = {theirs: ours for ours, theirs in {**layer_names(layers), **names}.items()}
     kohya = {}
     for key, tensor in tensors.items():
         name, end = next(

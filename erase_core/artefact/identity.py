@@ -16,7 +16,12 @@ from ..settings.settings import EraseSettings
 from .erasure import Erasure
 
 # What to do about a stored result, as a user chooses it.
-USE_IF_THERE, TRAIN_AGAIN, USE_ONLY = REUSE = ("use if there", "train again", "use only")
+USE_IF_THERE, TRAIN_AGAIN, USE_ONLY, RESUME = REUSE = (
+    "use if there",
+    "train again",
+    "use only",
+    "resume",
+)
 
 # Words of four bytes in one partial sum. PyTorch runs loops of up to this length in one thread:
 # starting its threads costs more than the sum, a hundred times more where the cores are busy.
@@ -46,6 +51,21 @@ def result_key(
     digest.add("settings", json.dumps(_plain(settings.as_dict()), sort_keys=True).encode())
     for rows in embeddings:
         digest.add(f"{rows.dtype} {tuple(rows.shape)}", tensor_bytes(rows))
+    return digest.hexdigest()
+
+
+def steps_added_key(key: str, history: Sequence[Sequence[int]]) -> str:
+    """Name of the result of a run that went on with more steps than it was begun with.
+
+    It isn't what a run with that many steps gives from the start, so it never passes for that.
+
+    Args:
+        key: of the settings as they are now.
+        history: for each time that steps were added, how many were done and planned until then.
+    """
+    digest = Digest()
+    digest.add("key", key.encode())
+    digest.add("history", json.dumps(history).encode())
     return digest.hexdigest()
 
 

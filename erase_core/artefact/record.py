@@ -46,6 +46,7 @@ class _AskedOptional(TypedDict, total=False):
     layers: str | None
     rank: int | None
     captions: int | None
+    keep_room: float | None
 
 
 class Asked(_AskedOptional):
@@ -113,10 +114,15 @@ class Drift(TypedDict):
 
 class _KeptOptional(TypedDict, total=False):
     share_left: float
+    share_first: float | None
+    share_without_negatives: float | None
 
 
 class KeptRecord(Drift, _KeptOptional):
-    """What became of a keep prompt, and what share of the edit it would leave if it were exact."""
+    """What became of a keep prompt, and what share of the edit it would leave if it were exact.
+
+    The other shares are of the same with it at the top, and without the negative prompts.
+    """
 
     exact: bool
 
@@ -173,6 +179,9 @@ class _RecordOptional(TypedDict, total=False):
     others: OthersRecord | None
     training: str
     pooled_left_out: bool
+    curve: list[list[float | None]]
+    steps_added: list[list[int]]
+    diffusers_layers: list[str]
 
 
 class Record(_RecordOptional):

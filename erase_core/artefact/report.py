@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..method.subspace import KEEP_FLOOR
 from ..settings.families import by_name
-from .cautions import guidance_change, harm_grade
+from .cautions import guidance_change
 from .formats import concept_list
 from .record import GUIDANCE, NO_HELP, NOT_NEEDED, PREDICTION
+from .verdict import GONE_FROM, grade, keep_room, moved, verdict
 
-# Below this share of the way traces may remain.
-TRACES = 0.8
 WORDS_SHOWN = 8
 # What became of the training, where it wasn't run to its end.
 _TRAINING = {
@@ -33,26 +31,14 @@ def report_text(record: Mapping[str, Any], notes: list[str] | None = None) -> st
     """
     lines = [_verdict(record), *_headline(record), *record["warnings"], *_movement(record)]
     lines += [*_pooled(record), *_each_concept(record), *_staying(record), *_map(record)]
-    lines += [*_cost(record), *_notes(record), *(notes or [])]
+    lines += [*_cost(record), *note_lines(record), *(notes or [])]
     return "\n".join(lines)
 
 
 def _verdict(record: Mapping[str, Any]) -> str:
     """The first line: whether this can be used."""
-    grade = harm_grade(record["measures"], record.get("others"))
-    if grade == "ruin":
-        return "Verdict: DON'T USE IT. The model is ruined for much that nobody named."
-    if grade == "harm":
-        return "Verdict: with care. Much that nobody named changes, too."
-    moved = [_moved(concept) for concept in record["concepts"]]
-    if min(moved) < TRACES:
-        return "Verdict: traces may remain. What nobody named stays nearly as it was."
-    return "Verdict: good. It moved far enough, and what nobody named stays nearly as it was."
-
-
-def _moved(concept: Mapping[str, Any]) -> float:
-    """How far a concept went: on predictions where they were made, else on keys and values."""
-    return concept["keys_and_values_moved"] if concept["moved"] is None else concept["moved"]
+    good = "good. " if grade(record) == "good" else ""
+    return f"Verdict: {good}{' '.join(verdict(record))}"
 
 
 def _headline(record: Mapping[str, Any]) -> list[str]:
@@ -74,9 +60,9 @@ def _headline(record: Mapping[str, Any]) -> list[str]:
 def _movement(record: Mapping[str, Any]) -> list[str]:
     frozen = record["measures"]["moved_held_out"]
     if frozen is None:
-        moved = min(map(_moved, record["concepts"]))
+        least = min(map(moved, record["concepts"]))
         return [
-            f"Keys and values moved {moved:.0%} of the way. Nothing was sampled, so how far the "
+            f"Keys and values moved {least:.0%} of the way. Nothing was sampled, so how far the "
             "pictures go is not known; the preset 'balanced' measures it."
         ]
     sampled = record["measures"]["moved_sampled"]
@@ -112,7 +98,7 @@ def _each_concept(record: Mapping[str, Any]) -> list[str]:
     lines = []
     for concept in record["concepts"]:
         lines.append(
-            f"  {concept['text']}: moved {_moved(concept):.0%}, "
+            f"  {concept['text']}: moved {moved(concept):.0%}, "
             f"{concept['share_left']:.0%} of its edit was left beside the exact prompts."
         )
     return lines
@@ -151,7 +137,7 @@ def _why_not_exact(record: Mapping[str, Any]) -> list[str]:
         advice += ", or move it further up"
     if record["settings"]["negative_prompts"]:
         advice += ", or take a negative prompt away, which comes first"
-    least = f"at least {KEEP_FLOOR:.0%} must be left to the concept"
+    least = f"at least {keep_room(record):.0%} must be left to the concept"
     return [
         f"{one['text']!r} isn't exact because beside it only {one['share_left']:.0%} of the edit "
         f"would be left ({least}). To make it exact, {advice}."
@@ -225,7 +211,8 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
-def _notes(record: Mapping[str, Any]) -> list[str]:
+def note_lines(record: Mapping[str, Any]) -> list[str]:
+    """What else a person should know of a run."""
     family, settings = by_name(record["family"]), record["settings"]
     # What is said of other architectures is of the soft form; the hard one has its readers named.
     lines = list(family.notes) if family.readers_known or record["form"] == "soft" else []
@@ -241,7 +228,10 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
             f"learned until then. {record['ended_by']}"
         )
     elif record["stopped_early"]:
-        lines.append(f"Stopped early, after {record['steps_done']} steps.")
+        lines.append(
+            f"Stopped early, after {record['steps_done']} steps of {settings['steps']}, and kept "
+            "what was learned until then."
+        )
     if settings["eta"] > 0:
         lines.append(
             f"eta is {settings['eta']:g}: naming the concept in a negative prompt now "
@@ -252,11 +242,11 @@ def _notes(record: Mapping[str, Any]) -> list[str]:
             "Made for a model that samples at guidance 1: the null prompt and negative prompts "
             "aren't used there, so put what must not change under 'keep'."
         )
-    moved = [c["moved"] for c in record["concepts"] if c["moved"] is not None]
-    if moved and min(moved) < TRACES:
+    figures = [c["moved"] for c in record["concepts"] if c["moved"] is not None]
+    if figures and not min(figures) >= GONE_FROM:
         lines.append(
-            "The guidance moved less than 80 % of the way: traces may remain. Try the preset "
-            "'thorough', fewer keep prompts or a lower protection."
+            f"The guidance moved less than {GONE_FROM:.0%} of the way: traces may remain. Try the "
+            "preset 'thorough', fewer keep prompts or a lower protection."
         )
     return lines
 

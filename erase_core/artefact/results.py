@@ -50,6 +50,7 @@ class ResultStore(MutableMapping[str, Erasure]):
         self.folder = folder
         self._warn = warn
         self._limit = limit_bytes
+        self.written: Path | None = None  # the last file
 
     def __getitem__(self, key: str) -> Erasure:
         path = self._path(key)
@@ -76,6 +77,7 @@ class ResultStore(MutableMapping[str, Erasure]):
                 f"again next time; save the erasure. ({error})"
             )
             return
+        self.written = path
         self._drop_oldest(path)
         remove_abandoned(self.folder, shared=False)
 

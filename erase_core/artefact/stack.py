@@ -126,13 +126,15 @@ def left_behind_warnings(erasure: Erasure, takers: Sequence[str]) -> list[str]:
     Args:
         takers: the nodes behind it that save or merge the weights, as a person finds them.
     """
-    if not takers:
-        return []
-    return [
-        f"Mode 'exact' keeps the erasure of {erasure.concept!r} beside the weights, and "
-        f"{', '.join(takers)} takes the weights alone: what is saved or merged there is without "
-        "it. Choose mode 'merge'."
-    ]
+    return [left_behind_text(f"the erasure of {erasure.concept!r}", takers)] if takers else []
+
+
+def left_behind_text(what: str, takers: Sequence[str]) -> str:
+    """The same of anything that is kept beside the weights."""
+    return (
+        f"Mode 'exact' keeps {what} beside the weights, and {', '.join(takers)} takes the weights "
+        "alone: what is saved or merged there is without it. Choose mode 'merge'."
+    )
 
 
 def stack_text(applied: Sequence[AppliedErasure], weights: str = "float32") -> str:

@@ -47,7 +47,8 @@ def settings_together(records: Sequence[Mapping[str, Any]], seed: int = 0) -> Er
     * Concepts, keep and negative prompts are those of all, in order and each once. Concepts that
       were taken out of an erasure stay out.
     * Of rank, captions and eta the largest counts: no concept gets less room, less of the rest of
-      the language is protected, or less of a push than before. The protection is chosen anew.
+      the language is protected, or less of a push than before. Of the room beside kept prompts it
+      is the smallest. The protection is chosen anew.
     * Own templates are used if all have the same, else those of each concept's kind.
     * Prompts that one keeps and another erases are not kept, see :func:`warnings_together`.
 
@@ -182,6 +183,8 @@ def _without_prompts(records: Sequence[Mapping[str, Any]], seed: int = 0) -> Era
         name: max((_of(record, name) for record in records if _of(record, name)), default=None)
         for name in _LARGEST
     }
+    # The least room: no prompt that was exact beside one concept is refused for want of it.
+    numbers["keep_room"] = min(_of(r, "keep_room", EraseSettings.keep_room) for r in records)
     numbers |= {name: _of(records[0], name) for name in _FROM_THE_FIRST}
     return preset_settings(
         "instant",

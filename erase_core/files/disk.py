@@ -27,6 +27,7 @@ from torch import Tensor
 # A file under a temporary name that is older than this was left by a process that died.
 ABANDONED_SECONDS = 24 * 3600
 LONGEST_HEADER = 100_000_000  # as the format's own library has it
+LONGEST_LISTED = 8_000_000  # bytes, of files that are only looked at; ours have far below 1 MB
 LONGEST_REASON = 200  # letters: names that stand in the file are quoted
 NUMBERS = frozenset({"F16", "F32", "F64"})  # of the tensors that this pack writes
 
@@ -40,6 +41,29 @@ _LIBRARYS = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 
 class DamagedFileError(ValueError):
     """A file that isn't what it was when it was written; says what is wrong with it."""
+
+
+def has_mark(path: Path, mark: str) -> bool:
+    """Whether a file's metadata have a key, without reading any of its tensors.
+
+    Of what can't be read, is damaged or has a header larger than any that this pack writes, it
+    says no.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= LONGEST_LISTED:
+                return False
+            header = file.read(length)
+        # Most files of a folder are others', and looking for bytes is quicker than reading JSON.
+        if json.dumps(mark).encode() not in header:
+            return False
+        metadata = _entries(header).get("__metadata__")
+    except (OSError, DamagedFileError):
+        return False
+    return isinstance(metadata, dict) and mark in metadata
 
 
 def read_safetensors(path: Path, mark: str) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -93,8 +117,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], info: dict[str,
     Raises:
         OSError: the folder can't be written, or the disk is full; nothing is left behind.
     """
-    with _whole_file(path.parent, tensors, info) as temporary:
-        os.replace(temporary, path)
+    write_whole(path, _bytes_of(tensors, info))
 
 
 def create_safetensors(path: Path, tensors: Mapping[str, Tensor], info: dict[str, str]) -> None:
@@ -104,18 +127,40 @@ def create_safetensors(path: Path, tensors: Mapping[str, Tensor], info: dict[str
         FileExistsError: the name is taken.
         OSError: as there.
     """
-    with _whole_file(path.parent, tensors, info) as temporary:
+    create_whole(path, _bytes_of(tensors, info))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """The same of any bytes.
+
+    Raises:
+        OSError: as there.
+    """
+    with _whole_file(path.parent, data) as temporary:
+        os.replace(temporary, path)
+
+
+def create_whole(path: Path, data: bytes) -> None:
+    """The same for a name that nothing has yet.
+
+    Raises:
+        FileExistsError: the name is taken.
+        OSError: as there.
+    """
+    with _whole_file(path.parent, data) as temporary:
         _name_if_free(temporary, path)
 
 
-@contextmanager
-def _whole_file(
-    folder: Path, tensors: Mapping[str, Tensor], info: dict[str, str]
-) -> Iterator[Path]:
-    """A file with the tensors under a temporary name, which is gone at the end."""
+def _bytes_of(tensors: Mapping[str, Tensor], info: dict[str, str]) -> bytes:
     # The library can write files, too, but under names that nobody could clear up after, and
-    # readable by their owner alone. A number of one's own, as containers all have process 1.
-    data = save(dict(tensors), metadata=info)
+    # readable by their owner alone.
+    return save(dict(tensors), metadata=info)
+
+
+@contextmanager
+def _whole_file(folder: Path, data: bytes) -> Iterator[Path]:
+    """A file with these bytes under a temporary name, which is gone at the end."""
+    # A number of one's own, as containers all have process 1.
     temporary = folder / _TEMPORARY.format(uuid.uuid4().hex)
     try:
         with temporary.open("xb") as file:

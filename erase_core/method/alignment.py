@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from itertools import groupby
+
+from torch import Tensor
 
 # Ids from here on stand for vectors that have no number of their own in a tokenizer, as those of a
 # textual inversion: one id for each vector, the same wherever it occurs.
@@ -12,6 +15,14 @@ VECTOR_IDS = 1 << 40
 # Where the rows of several text encoders follow one another, the ids of the n-th are raised by n
 # times this, more than any token or vector has: so they share none.
 STREAM_IDS = 1 << 60
+# Bytes of a hash that tell one vector from another, few enough to stay below STREAM_IDS.
+_HASH_BYTES = 7
+
+
+def vector_id(vector: Tensor) -> int:
+    """The id of a vector (width,) that stands in a token's place."""
+    digest = hashlib.sha256(vector.detach().float().cpu().contiguous().numpy().tobytes()).digest()
+    return VECTOR_IDS + int.from_bytes(digest[:_HASH_BYTES], "little")
 
 
 def align_tokens(

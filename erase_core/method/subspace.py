@@ -16,7 +16,11 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-KEEP_FLOOR = 0.25
+from ..settings.settings import EraseSettings
+
+KEEP_FLOOR = EraseSettings.keep_room
+# Of so many prompts that don't fit it is looked for what would make them.
+MOST_REMEDIES = 8
 REFUSE_BELOW = 0.10
 NOT_FINITE = (
     "The text encoder's embeddings contain NaN or infinity. Load the CLIP in fp32 or bf16, and "
@@ -37,11 +41,16 @@ class KeptPrompt:
         exact: whether it is in the exact set.
         share_left: share of the edit left with it (and all before it) in the exact set; with
             several concepts, of the one that is left the least.
+        share_first: the same if it were the first of the keep prompts, where that is another
+            figure; for prompts that aren't exact, of the first few.
+        share_without_negatives: the same without the negative prompts.
     """
 
     text: str
     exact: bool
     share_left: float
+    share_first: float | None = None
+    share_without_negatives: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,15 +77,18 @@ def exact_set(
     edits: Sequence[Tensor],
     required: Sequence[Tensor],
     keep: Sequence[tuple[str, Tensor]],
+    room: float = KEEP_FLOOR,
 ) -> ExactSet:
     """Choose the exact set.
 
     Args:
         edits: for each concept, the differences ``C_a - C_e`` over its templates and tokens,
             (n, width).
-        required: token embeddings (tokens, width) of the prompts that must be exact in any case.
-        keep: name and token embeddings of the prompts to keep, most important first. One that
-            would leave less than 25 % of some concept's edit stays out of the exact set.
+        required: token embeddings (tokens, width) of the prompts that must be exact in any case,
+            the null prompt first.
+        keep: name and token embeddings of the prompts to keep, most important first.
+        room: a keep prompt that would leave less than this share of some concept's edit stays out
+            of the exact set.
 
     Raises:
         SubspaceError: the required prompts alone leave less than 10 % of an edit, or the
@@ -93,15 +105,52 @@ def exact_set(
             "prompt and your negative prompts (at least 10 % is needed). Remove negative prompts "
             "that name the concept or come close to it."
         )
-    kept = []
+    held = _Held(edits, required[:1], basis)
+    kept: list[KeptPrompt] = []
     for text, rows in keep:
         wider = extend_basis(basis, rows)
         left = _shares_left(edits, wider)
-        fits = min(left) >= KEEP_FLOOR
-        if fits:
+        if min(left) >= room:
             basis, shares = wider, left
-        kept.append(KeptPrompt(text, fits, min(left)))
+            held.rows.append(rows)
+            kept.append(KeptPrompt(text, True, min(left)))
+            continue
+        few = sum(not one.exact for one in kept) < MOST_REMEDIES
+        others = held.otherwise(rows, len(required) > 1) if few else (None, None)
+        kept.append(KeptPrompt(text, False, min(left), *others))
     return ExactSet(basis, shares, kept)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What is in the exact set already, to say what it would leave in another order.
+
+    Attributes:
+        null: rows of the null prompt, (tokens, width), if any.
+        required: basis of all that must be exact in any case.
+        rows: of each keep prompt that is exact, (tokens, width).
+    """
+
+    edits: Sequence[Tensor]
+    null: Sequence[Tensor]
+    required: Tensor
+    rows: list[Tensor] = field(default_factory=list)
+
+    def otherwise(self, rows: Tensor, negatives: bool) -> tuple[float | None, float | None]:
+        """The share that a prompt would leave as the first one kept, and without negatives.
+
+        Args:
+            negatives: whether there are any.
+        """
+        first = without = None
+        if self.rows:
+            first = min(_shares_left(self.edits, extend_basis(self.required, rows)))
+        if negatives:
+            basis = self.required[:, :0]
+            for one in (*self.null, *self.rows, rows):
+                basis = extend_basis(basis, one)
+            without = min(_shares_left(self.edits, basis))
+        return first, without
 
 
 def extend_basis(basis: Tensor, rows: Tensor) -> Tensor:

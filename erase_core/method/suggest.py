@@ -44,7 +44,7 @@ class Suggestion:
 
     Attributes:
         concept: what they are for.
-        names: words that are clearly nearer to it than any other thing is, which may be names of it.
+        names: words that are clearly nearer to it than any other thing is, maybe names of it.
         neighbours: other things near to it, which may be worth keeping.
     """
 

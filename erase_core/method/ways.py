@@ -110,7 +110,7 @@ def exact_prompts(settings: EraseSettings, prompts: EncodedPrompts) -> ExactSet:
         changes = [targets.change for targets in prompts.targets]
         required = [prompt.tokens for prompt in (prompts.null, *prompts.negatives)]
         keep = [(text, prompt.tokens) for text, prompt in prompts.keep]
-        return exact_set(changes, required, keep)
+        return exact_set(changes, required, keep, settings.keep_room)
     kept = [KeptPrompt(text, False, 1.0) for text, _ in prompts.keep]
     return ExactSet(_nothing(prompts.null.tokens.shape[1]), [1.0] * len(prompts.targets), kept)
 

@@ -120,6 +120,10 @@ class Denoiser(ABC):
         """The starting latent (n, c, h, w): pure noise scaled to ``sigma`` (scalar)."""
         return noise * sigma
 
+    def noisy_picture(self, picture: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """A picture's latent (n, c, h, w) with noise of that shape at ``sigma`` (scalar)."""
+        return picture + noise * sigma
+
     def loss_weight(self, sigma: Tensor) -> Tensor:
         """w(sigma), (n,): what a squared difference of eps counts at each noise level.
 

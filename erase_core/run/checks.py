@@ -31,6 +31,7 @@ from .plan import (
     checked_states,
 )
 from .states import Sampling, States, balanced_states, draw_pairs, middles
+from .watch import Seen, show_drawn, show_kept, show_measured
 
 
 def measure(
@@ -70,7 +71,15 @@ def _movements(
     settings, model, pairs = given.settings, given.model, given.prompts.pairs
     if on_frozen is None:
         given.meter.say("Checking on held-out states")
-        on_frozen = movement_on(model, pairs, checked, edit, settings.eta, given.checked_at_once)
+        on_frozen = movement_on(
+            model,
+            pairs,
+            checked,
+            edit,
+            settings.eta,
+            given.checked_at_once,
+            show_measured(given),
+        )
     given.meter.say("Checking on the edited model's own states")
     shape = tuple(checked.x.shape[1:])
     on_sampled = movement_sampled(
@@ -82,6 +91,7 @@ def _movements(
         edit,
         settings.eta,
         null_is_exact=settings.form == "hard",
+        drawn=show_drawn(given),
     )
     return {
         "moved_held_out": dataclasses.asdict(on_frozen),
@@ -111,13 +121,14 @@ def _drifts(
 ) -> dict[str, Any]:
     prompts, settings = given.prompts, given.settings
 
-    def drift(asked: Sequence[Encoded]) -> list[float]:
-        return _drift(given, edit, ways, asked, checked)
+    def drift(asked: Sequence[Encoded], seen: Seen | None = None) -> list[float]:
+        return _drift(given, edit, ways, asked, checked, seen)
 
     given.meter.say("Checking what must stay")
-    null = drift([prompts.null] * NULL_STATES)
+    show = show_kept(given)
+    null = drift([prompts.null] * NULL_STATES, None if prompts.keep else show)
     zeroed = drift([prompts.null.zeroed()])
-    kept = drift([prompt for _, prompt in prompts.keep])
+    kept = drift([prompt for _, prompt in prompts.keep], show)
     negatives = drift(prompts.negatives)
     given.meter.say("Checking what nobody named")
     others = _unnamed(given, edit, ways, list(unnamed.values()), checked)
@@ -156,11 +167,12 @@ def _drift(
     ways: Sequence[WayIn],
     asked: Sequence[Encoded],
     checked: States | None,
+    seen: Seen | None = None,
 ) -> list[float]:
     """Drift of each prompt: at one state each, the states spread over the noise levels."""
     if checked is not None:
         states = checked[middles(len(checked), len(asked))]
-        return prompt_drift(given.model, asked, states, edit, given.checked_at_once)
+        return prompt_drift(given.model, asked, states, edit, given.checked_at_once, seen)
     readers = {name: w for way in ways if way.name == TOKENS for name, w in way.matrices.items()}
     return [key_value_drift(edit, readers, prompt.tokens) for prompt in asked]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..artefact.erasure import Erasure
 from ..artefact.identity import USE_IF_THERE, result_key, stored_result
+from ..artefact.unfinished import Part
 from ..method.already import refuse_already_erased
 from ..method.closed_form import ClosedForm
 from ..method.collateral import Others
@@ -20,6 +22,7 @@ from ..method.protection import (
     LEAST_MOVED,
     RIDGES,
     RUIN,
+    Moves,
     RidgeChoice,
     strongest_that_moves,
 )
@@ -34,12 +37,13 @@ from ..version import VERSION
 from .checks import measure
 from .given import Given
 from .heard import Heard, hear
-from .meter import Meter, MeteredDenoiser
+from .meter import Meter, MeteredDenoiser, until_stopped
 from .plan import checked_states
 from .recorded import record_of
+from .resume import journal_of, left_run
 from .states import States, sample_held_out, sample_to_train_on
 from .trainer import Ridge
-from .training import Start, Trained, train_where_it_helps, tried_movement
+from .training import Start, Trained, known_movement, train_where_it_helps
 
 
 def erase(
@@ -49,6 +53,7 @@ def erase(
     meter: Meter | None = None,
     results: MutableMapping[str, Erasure] | None = None,
     reuse: str = USE_IF_THERE,
+    unfinished: MutableMapping[str, Part] | None = None,
 ) -> Erasure:
     """Train one erasure.
 
@@ -61,17 +66,34 @@ def erase(
         results: finished erasures by key, kept by the caller. A complete one with the key of this
             run is returned without any prediction; a new one is put in before it is returned.
         reuse: what to do about a stored result, one of :data:`identity.REUSE`.
+        unfinished: what runs leave that end before their time, by name, kept by the caller. The
+            same run goes on from there, to the same result.
 
     Raises:
-        SettingsError, LayerRuleError, NoStoredResultError, SubspaceError, PredictionError,
-            GradientError, TrainingError: see there.
+        SettingsError, LayerRuleError, NoStoredResultError, NothingToResumeError,
+            NothingLearnedError, SubspaceError, PredictionError, GradientError, TrainingError: see
+            there.
     """
     given = _given(settings, denoiser, meter or Meter())
-    key = "" if results is None else _key(given)
+    key = "" if results is None and unfinished is None else _key(given)
     stored = stored_result(results, key, reuse)
     if stored is not None:
-        given.meter.reused = True
-        return stored
+        return _reused(given, stored)
+    left = left_run(unfinished, given, key, reuse)
+    if left.key != key and (stored := stored_result(results, left.key)) is not None:
+        return _reused(given, stored)
+    with journal_of(unfinished, given, left) as journal:
+        given = replace(given, journal=journal)
+        erasure = _learned(given, language_cache)
+        if results is not None:
+            results[left.key] = erasure
+        journal.end(erasure.record)
+    return erasure
+
+
+def _learned(given: Given, language_cache: MutableMapping[str, Tensor] | None) -> Erasure:
+    """The erasure, from reading to record."""
+    settings = given.settings
     # What must stay, and what the text encoder says beside it.
     exact = exact_prompts(settings, given.prompts)
     given, heard = _hear(given, language_cache)
@@ -79,8 +101,8 @@ def erase(
     matrices = dict(given.model.matrices())
     ways = _ways(given, exact, heard, matrices)
     others = _others(given, heard, ways)
-    sampled = _sample_if_it_trains_for_sure(given, ways)
-    held_out = sample_held_out(given)
+    sampled = until_stopped(_sample_if_it_trains_for_sure, given, ways)
+    held_out = until_stopped(sample_held_out, given)
     solved = _solve(given, ways, others, held_out)
     edit = _edit_to_start_from(given, solved, matrices)
     # Training, as long as held-out states say that it helps.
@@ -88,10 +110,12 @@ def erase(
     trained = train_where_it_helps(given, start)
     measures = _measure(given, start, trained, ways, exact, heard)
     record = record_of(given, start, trained, exact, measures, heard)
-    erasure = Erasure.from_edit(trained.edit, record)
-    if results is not None:
-        results[key] = erasure
-    return erasure
+    return Erasure.from_edit(trained.edit, record)
+
+
+def _reused(given: Given, stored: Erasure) -> Erasure:
+    given.meter.reused = True
+    return stored
 
 
 def _given(settings: EraseSettings, denoiser: Denoiser, meter: Meter) -> Given:
@@ -192,16 +216,23 @@ def _solve(
         for way in ways[1:]
     ]
 
+    tries = count()
+
     def moves(solution: ClosedForm) -> Movement:
         edit = ways[0].edit(solution)
         for one in beside:
             edit = edit.with_more(one.way.edit(one.choice.solution))
-        return tried_movement(given, edit.to(given.model.device), held_out)
+        edit = edit.to(given.model.device)
+        number = next(tries)
+        return known_movement(given, f"protection {number}", edit, held_out)
+
+    def chosen(measured: Moves | None) -> RidgeChoice:
+        return strongest_that_moves(ways[0].regression, settings.rank, measured, others, ridges)
 
     given.meter.say("Choosing the protection")
     with given.meter.part("protection"):
-        measured = None if held_out is None else moves
-        choice = strongest_that_moves(ways[0].regression, settings.rank, measured, others, ridges)
+        measured = None if held_out is None else until_stopped(chosen, moves)
+        choice = measured or chosen(None)
     # What is left of a pooled vector is reported, not refused.
     reached = choice.solution.moved
     if given.prompts.null.pooled is None:
@@ -261,9 +292,11 @@ def _measure(
 ) -> dict[str, Any]:
     """What the finished edit does; of the movement what is known already isn't measured again."""
     known = start.choice.movement if start.choice and trained.edit is start.edit else None
-    if start.held_out is not None:
-        spared = checked_states(given.settings, len(start.held_out)) if known else 0
-        checks = given.planned()["checks"] - spared
+    if given.settings.samples:
+        checks = 0
+        if start.held_out is not None:
+            spared = checked_states(given.settings, len(start.held_out)) if known else 0
+            checks = given.planned()["checks"] - spared
         given.meter.replan({"until here": given.meter.spent, "checks": checks})
     with given.meter.part("checks"):
         return measure(given, trained.edit, ways, exact, start.held_out, heard.unnamed, known)

@@ -11,6 +11,7 @@ from ..method.encoded import EncodedPrompts
 from ..model.activations import PLAIN_GRADIENT
 from ..settings.prompts import name_of
 from ..settings.settings import EraseSettings
+from .journal import Journal
 from .meter import Meter, MeteredDenoiser
 from .plan import planned_cost
 
@@ -24,6 +25,7 @@ class Given:
         model: the host's, metered.
         prompts: the texts in the settings, as the text encoder gives them.
         random: random numbers for noise and for which prompts are sampled.
+        journal: what it has found out, or an earlier run had.
         began: when the run did, in seconds of the monotonic clock.
     """
 
@@ -31,6 +33,7 @@ class Given:
     model: MeteredDenoiser
     prompts: EncodedPrompts
     random: torch.Generator
+    journal: Journal = field(default_factory=Journal)
     began: float = field(default_factory=time.monotonic)
 
     @property

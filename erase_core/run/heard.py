@@ -55,6 +55,9 @@ def hear(given: Given, cache: MutableMapping[str, Tensor] | None) -> Heard:
 
     Args:
         cache: see :func:`language.read_language`.
+
+    Raises:
+        NothingLearnedError: it is to stop.
     """
     settings, model = given.settings, given.model
     captions = plain_captions(settings.captions)
@@ -64,9 +67,7 @@ def hear(given: Given, cache: MutableMapping[str, Tensor] | None) -> Heard:
         plain = model.encode(evenly_spaced(captions, PLAIN_CAPTIONS))
         return Heard(None, {}, _unnamed(given, reading, words), plain)
 
-    def progress(done: int, total: int) -> None:
-        given.meter.say(f"Reading ordinary language, {done} of {total} prompts")
-
+    progress = given.meter.read
     language = read_language(model, reading, cache, given.erased, progress)
     moments = {TOKENS: shrunk(language.moment)}
     asked = evenly_spaced(reading.protected, OTHER_PROMPTS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,11 +22,13 @@ def movement_on(
     edit: LowRankEdit,
     eta: float,
     batch: int,
+    seen: Callable[[States, Tensor], None] | None = None,
 ) -> Movement:
     """How far the edited model's guidance moved on frozen states.
 
     Args:
         batch: states at a time.
+        seen: called with the states and the edited model's guidance term at them.
     """
     students = []
     for part in torch.arange(len(states)).split(batch):
@@ -34,6 +36,8 @@ def movement_on(
         x0 = _predict(denoiser, states.x[part], states.sigma[part], prompts, edit)
         check_finite(x0, float(states.sigma[part].min()))
         students.append(guidance_term(states.x0_null[part], x0, states.sigma[part]))
+    if seen is not None:
+        seen(states, torch.cat(students))
     return summarise(torch.cat(students), states, pairs, eta, denoiser.loss_weight(states.sigma))
 
 
@@ -46,6 +50,7 @@ def movement_sampled(
     edit: LowRankEdit,
     eta: float,
     null_is_exact: bool = True,
+    drawn: Callable[[Tensor], None] | None = None,
 ) -> Movement:
     """Sample with the edited model and see how far its guidance moved where *it* goes.
 
@@ -53,6 +58,7 @@ def movement_sampled(
         wanted: trajectories of prompt pairs; the prompt with the concept drives them all.
         null_is_exact: whether the edited model's null score is the original's, as in the hard
             form, so that one evaluation serves both.
+        drawn: called with the pictures in the end, (n, c, h, w).
     """
     count = len(wanted)
     erased = [pairs[i].erased for i in wanted.index]
@@ -74,6 +80,8 @@ def movement_sampled(
         parts.append(states)
         x0_null = own_null[0] if own_null else states.x0_null
         x = euler_step(x, x0_null, student, sigma, sigma_next, sampling.guidance_scale)
+    if drawn is not None:
+        drawn(x)
     states = States.join(parts)
     weight = denoiser.loss_weight(states.sigma)
     return summarise(torch.cat(students), states, pairs, eta, weight)
@@ -109,10 +117,14 @@ def prompt_drift(
     states: States,
     edit: LowRankEdit,
     batch: int,
+    seen: Callable[[States, Tensor, Tensor], None] | None = None,
 ) -> list[float]:
     """Relative change of the prediction, ``|eps_th - eps*| / |eps*|``, of each prompt.
 
     Prompt i is tried at state i.
+
+    Args:
+        seen: called with states and the predicted x0 before and now, (n, c, h, w).
     """
     changes: list[float] = []
     for start in range(0, len(prompts), batch):
@@ -120,6 +132,8 @@ def prompt_drift(
         x, sigma, asked = states.x[part], states.sigma[part], [prompts[i] for i in part.tolist()]
         frozen = _predict(denoiser, x, sigma, asked)
         edited = _predict(denoiser, x, sigma, asked, edit)
+        if seen is not None:
+            seen(states[part], frozen, edited)
         # eps = (x - x0) / sigma on both sides: the noise level cancels.
         size = (x - frozen).flatten(1).norm(dim=1)
         changes += ((edited - frozen).flatten(1).norm(dim=1) / size).tolist()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, cast
 
-from ..artefact.cautions import harm_warnings, training_warnings, unknown_warnings
+from ..artefact.cautions import harm_warnings, room_warnings, training_warnings, unknown_warnings
 from ..artefact.record import STOPPED, TRAINED, WORSE, Record
 from ..files.fingerprint import fingerprint
 from ..method.closed_form import ClosedForm
@@ -18,7 +18,10 @@ from ..settings.texts import concept_values
 from ..version import VERSION
 from .given import Given
 from .heard import Heard
+from .meter import CurvePoint
 from .training import Start, Trained
+
+CURVE_POINTS = 200  # of a curve in the record, at most
 
 
 def record_of(
@@ -50,17 +53,19 @@ def record_of(
         "harm": solution.harm if solution else None,
         "measures": measures,
         "others": collateral,
-        "warnings": _warnings(given, trained, measures, collateral, heard),
-        **_training(settings, trained),
+        "warnings": _warnings(given, trained, exact, measures, collateral, heard),
+        **_training(given, trained),
+        "curve": thinned(given.meter.curve),
         "forward_equivalents": given.meter.spent,
         "seconds": round(time.monotonic() - given.began, 2),
     }
     return cast(Record, found)
 
 
-def _training(settings: EraseSettings, trained: Trained) -> dict[str, Any]:
+def _training(given: Given, trained: Trained) -> dict[str, Any]:
     """What became of the training."""
-    edit, steps = trained.edit, len(trained.losses)
+    settings, edit, steps = given.settings, trained.edit, len(trained.losses)
+    added = given.journal.history
     did_train = trained.outcome in (TRAINED, WORSE, STOPPED)
     values = [*edit.factors.values()]
     values += edit.bases.values() if settings.form == "soft" else []
@@ -70,17 +75,28 @@ def _training(settings: EraseSettings, trained: Trained) -> dict[str, Any]:
         "steps_done": steps,
         "values_trained": sum(t.numel() for t in values) if trained.outcome == TRAINED else 0,
         "converged": trained.converged,
-        "complete": trained.converged or not did_train or steps == settings.steps,
-        "stopped_early": did_train and steps < settings.steps,
+        "complete": trained.outcome != STOPPED
+        and (trained.converged or not did_train or steps == settings.steps),
+        "stopped_early": trained.outcome == STOPPED or (did_train and steps < settings.steps),
         "ended_by": trained.ended_by,
         "gradient_apart": trained.gradient.apart if trained.gradient else None,
         "memory": trained.memory,
+        **({"steps_added": [list(one) for one in added]} if added else {}),
     }
+
+
+def thinned(curve: Sequence[CurvePoint], most: int = CURVE_POINTS) -> list[list[float | None]]:
+    """The curve with at most so many points, the first and the last among them."""
+    last = len(curve) - 1
+    count = min(len(curve), most)
+    places = sorted({round(i * last / max(1, count - 1)) for i in range(count)})
+    return [list(curve[place]) for place in places]
 
 
 def _warnings(
     given: Given,
     trained: Trained,
+    exact: ExactSet,
     measures: Mapping[str, Any],
     collateral: Mapping[str, Any] | None,
     heard: Heard,
@@ -90,6 +106,7 @@ def _warnings(
     return [
         *harm_warnings(settings, measures, collateral),
         *training_warnings(settings, trained.outcome),
+        *room_warnings(settings, exact),
         *unknown_warnings(heard.language.unknown if heard.language else 0.0),
         *given.prompts.warnings,
         *prompt_warnings(settings),

@@ -7,7 +7,7 @@ all states but one away and then compute the scores again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -227,11 +227,14 @@ def sample_held_out(given: Given) -> States | None:
 
     Raises:
         TrainingError: the guidance of the concepts and their alternatives is the same.
+        StopAsked: it is to stop.
     """
     if not given.settings.samples:
         return None
     _, checking = trajectory_counts(given.settings)
-    states = sample_pairs(given, checking, "Sampling states to check on")
+    states = _kept(
+        given, "heldout", lambda: sample_pairs(given, checking, "Sampling states to check on")
+    )
     _refuse_if_nothing_to_move(given.settings, states)
     return states
 
@@ -253,8 +256,12 @@ def sample_to_train_on(
         most -= len(sampled) // settings.sampling_steps
         if not most:
             return sampled
-    more = sample_pairs(given, most, "Sampling states")
-    return more if sampled is None else States.join([sampled, more])
+
+    def sample() -> States:
+        more = sample_pairs(given, most, "Sampling states")
+        return more if sampled is None else States.join([sampled, more])
+
+    return _kept(given, "training" if per_concept is None else "trial", sample)
 
 
 def sample_kept(given: Given) -> States | None:
@@ -262,24 +269,33 @@ def sample_kept(given: Given) -> States | None:
     kept = given.prompts.held
     if given.settings.form != "soft" or not kept:
         return None
-    shape = given.model.latent_shape(given.settings.resolution)
-    noise = torch.randn(len(kept), *shape, generator=given.random)
-    wanted = Trajectories([[k] for k in kept], [0] * len(kept), range(len(kept)), noise)
-    return _sampled(given, wanted, "Sampling states to keep")
+
+    def sample() -> States:
+        shape = given.model.latent_shape(given.settings.resolution)
+        noise = torch.randn(len(kept), *shape, generator=given.random)
+        wanted = Trajectories([[k] for k in kept], [0] * len(kept), range(len(kept)), noise)
+        return _sampled(given, wanted, "Sampling states to keep")
+
+    return _kept(given, "kept", sample)
+
+
+def _kept(given: Given, name: str, sample: Callable[[], States]) -> States:
+    """States that an earlier run has sampled, else what ``sample`` gives."""
+    return States(**given.journal.tensors(name, lambda: vars(sample())))
 
 
 def _sampled(given: Given, wanted: Trajectories, stage: str) -> States:
     settings, model = given.settings, given.model
     given.meter.say(stage)
     sampling = Sampling(model.sigmas(settings.sampling_steps).cpu(), settings.guidance_scale)
-    return States.join(
-        [
+    with given.meter.stoppable():
+        parts = [
             sample_states(
                 model, given.prompts.null, wanted[start : start + settings.batch], sampling
             )
             for start in range(0, len(wanted), settings.batch)
         ]
-    )
+    return States.join(parts)
 
 
 def _refuse_if_nothing_to_move(settings: EraseSettings, states: States) -> None:

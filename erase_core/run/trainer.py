@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..artefact.unfinished import Part
 from ..method.encoded import EncodedPair
 from ..method.guidance import (
     SigmaWeight,
@@ -67,6 +68,7 @@ class Ridge:
         self._weight = weight
         self._scale = {name: 1 / _energy(w, moment) for name, w in matrices.items()}
         self._moment = moment.float().to(device)
+        self.device = device
 
     def __call__(self, edit: LowRankEdit) -> Tensor:
         inner: dict[int, Tensor] = {}
@@ -78,6 +80,31 @@ class Ridge:
                 inner[id(basis)] = read.T @ self._moment @ read
             terms.append(((factor @ inner[id(basis)]) * factor).sum() * scale)
         return self._weight * torch.stack(terms).mean()
+
+    def change(self, value: Tensor) -> float | None:
+        """Root mean square change of keys and values, relative, from what a call has given.
+
+        None where it doesn't count.
+        """
+        return float(value.detach().clamp(min=0) / self._weight) ** 0.5 if self._weight else None
+
+
+@dataclass
+class Seen:
+    """What came by in the latest batch, or in its last part, small enough to keep on the device.
+
+    Attributes:
+        left: of the concept, (); None before any.
+        drift: of the null prompt, squared, in shares of the way that the concept goes, ();
+            None where it wasn't asked.
+        watched: a state that is watched and the edited model's guidance term at it, (c, h, w).
+        changes: what each ridge gave.
+    """
+
+    left: Tensor | None = None
+    drift: Tensor | None = None
+    watched: tuple[int, Tensor] | None = None
+    changes: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -166,6 +193,9 @@ class SurgeryTrainer:
         self._estimate: dict[str, int] = {}
         self._ran_out = 0
         self._loss_scale = LOSS_SCALE if denoiser.dtype is torch.float16 else 1.0
+        self._steps_done = 0
+        self._seen = Seen()
+        self.watched: Collection[int] = ()  # states whose pictures somebody wants to see
 
     def fit_to_memory(self) -> None:
         """Choose how a batch goes through the model, from one forward and what is free.
@@ -287,6 +317,7 @@ class SurgeryTrainer:
             asked.append((kept, [self._pool.kept[i] for i in kept.index.tolist()]))
         guidance, *others = self._guidance(asked, edit)
         drift = others.pop(0) if self._asks_null else None
+        self._look(index, guidance, drift)
         kept_drifts = [g - asked[-1][0].g_erased.to(g) for g in others]
         return self._scale * surgery_loss(
             guidance,
@@ -341,6 +372,7 @@ class SurgeryTrainer:
         self._good = [tensor.detach().clone() for tensor in self._values]
         self._optimiser.step()
         self._schedule.step()
+        self._steps_done += 1
         return value
 
     def _backward(self, index: Tensor, kept_index: Tensor) -> float:
@@ -366,7 +398,9 @@ class SurgeryTrainer:
             share = len(part) / len(index)
             edit = self._seen_by(int(self._concepts[index[0]]))
             surgery = share * self.loss(edit, part, kept)
-            ridge = share * self._ridge_share * sum(ridge(edit) for ridge in self._ridges)
+            terms = [ridge(edit) for ridge in self._ridges]
+            ridge = share * self._ridge_share * sum(terms)
+            self._seen.changes = [term.detach() for term in terms]
             ((surgery + ridge) * self._loss_scale).backward()
             value += float(surgery.detach())
         for gradient in self._gradients():
@@ -391,13 +425,103 @@ class SurgeryTrainer:
             "model in bf16 or fp32."
         )
 
+    def left_and_drift(self) -> tuple[float, float | None]:
+        """What is left of the concept in the latest batch, and how far what shall stay moved.
+
+        The drift is that of ordinary language's keys and values, relative to themselves; where
+        nothing is known of them, that of the null prompt's prediction in shares of the way that
+        the concept goes. Nothing is predicted for it.
+        """
+        seen = self._seen
+        pairs = zip(self._ridges, seen.changes, strict=True)
+        drifts = [c for ridge, value in pairs if (c := ridge.change(value)) is not None]
+        if not drifts and seen.drift is not None:
+            drifts = [float(seen.drift) ** 0.5]
+        return float("nan") if seen.left is None else float(seen.left), max(drifts, default=None)
+
+    def latest_watched(self) -> tuple[int, Tensor] | None:
+        """A state of the latest batch that is watched, and the guidance term at it, (c, h, w)."""
+        return self._seen.watched
+
+    def _look(self, index: Tensor, guidance: Tensor, drift: Tensor | None) -> None:
+        """Remember of a batch what people see of it."""
+        with torch.no_grad():
+            weight = self._weight(self._pool.states.sigma[index]).to(guidance.device)
+            error = guidance - self._targets[index].to(guidance)
+            left = self._scale * weighted_error(error, weight)
+            drifted = None if drift is None else self._scale * weighted_error(drift, weight)
+        places = [p for p, row in enumerate(index.tolist()) if row in self.watched][:1]
+        watched = [(int(index[p]), guidance[p].detach().clone()) for p in places]
+        self._seen = Seen(left, drifted, watched[0] if watched else None)
+
+    def state(self) -> Part:
+        """All that the next step depends on, but for the states and the settings."""
+        moments = [self._optimiser.state[value] for value in self._values]
+        groups = {"value": self._values, "good": self._good or []}
+        groups |= {name: [m[name] for m in moments if m] for name in ("exp_avg", "exp_avg_sq")}
+        tensors = {
+            f"{name}.{number}": tensor.detach().cpu().clone()
+            for name, members in groups.items()
+            for number, tensor in enumerate(members)
+        }
+        values = {
+            "steps": self._steps_done,
+            "loss_scale": self._loss_scale,
+            "parts": self.fit.parts,
+            "checkpointing": self.fit.checkpointing,
+            "ran_out": self._ran_out,
+            "estimate": self._estimate,
+        }
+        return Part(values, tensors)
+
+    @property
+    def state_size(self) -> int:
+        """Bytes of :meth:`state`."""
+        return 4 * sum(value.nbytes for value in self._values)
+
+    def go_on(self, part: Part) -> bool:
+        """Be where a trainer was that gave a state; call it before the first step.
+
+        Returns:
+            False for a state of other values; then nothing has changed.
+        """
+        count, names = len(self._values), ("value", "good", "exp_avg", "exp_avg_sq")
+        shapes = [value.shape for value in self._values]
+        try:
+            kept = {name: [part.tensors[f"{name}.{n}"] for n in range(count)] for name in names}
+            done, ran_out = int(part.values["steps"]), int(part.values["ran_out"])
+            fit = Fit(int(part.values["parts"]), bool(part.values["checkpointing"]))
+            loss_scale, estimate = float(part.values["loss_scale"]), dict(part.values["estimate"])
+        except (KeyError, TypeError, ValueError):
+            return False
+        if any([tensor.shape for tensor in kept[name]] != shapes for name in names):
+            return False
+        self._steps_done, self._ran_out, self.fit = done, ran_out, fit
+        self._loss_scale, self._estimate = loss_scale, estimate
+        with torch.no_grad():
+            for value, tensor in zip(self._values, kept["value"], strict=True):
+                value.copy_(tensor)
+        device = self._denoiser.device  # what is kept stays as it is
+        self._good = [tensor.to(device, copy=True) for tensor in kept["good"]]
+        for number, value in enumerate(self._values):
+            moments = {name: kept[name][number].to(device, copy=True) for name in names[2:]}
+            self._optimiser.state[value] = {"step": torch.tensor(float(done)), **moments}
+        for group in self._optimiser.param_groups:
+            group["lr"] = group["initial_lr"] * _warmup_then_cosine(self._settings.steps)(done)
+        self._schedule.last_epoch = done
+        if self._kept_states is not None:
+            for _ in range(done):
+                next(self._kept_draws)
+        self._denoiser.free_memory(estimate.get("needed", 0))
+        return True
+
     def batches(self) -> Iterator[Tensor]:
-        """States for each of the steps, (batch,); the concepts take turns."""
+        """States for each of the steps to come, (batch,); the concepts take turns."""
         concepts = [
             (self._concepts == concept).nonzero().flatten() for concept in self._concepts.unique()
         ]
         endless = draws(concepts, self._settings.batch, self._settings.seed)
-        return islice(endless, self._settings.steps)
+        return islice(endless, self._steps_done, self._settings.steps)
 
     def result(self) -> LowRankEdit:
         """The edit so far, detached."""
@@ -419,6 +543,13 @@ def draws(groups: Sequence[Tensor], batch: int, seed: int) -> Iterator[Tensor]:
                 waiting[number] = torch.cat([waiting[number], members[order]])
             yield waiting[number][:batch]
             waiting[number] = waiting[number][batch:]
+
+
+def drift_of(ridges: Sequence[Ridge], edit: LowRankEdit) -> float | None:
+    """How far an edit moves the keys and values of ordinary language; None if nobody knows."""
+    with torch.no_grad():
+        found = [ridge.change(ridge(edit.to(ridge.device))) for ridge in ridges]
+    return max((change for change in found if change is not None), default=None)
 
 
 def _trainable(start: LowRankEdit, device: torch.device, bases_too: bool) -> LowRankEdit:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
+from torch import Tensor
+
 from ..artefact.record import NO_HELP, NO_TRAINING, NOT_NEEDED, STOPPED, TRAINED, WORSE
+from ..artefact.unfinished import Part
 from ..method.closed_form import ClosedForm
 from ..method.collateral import Others
 from ..method.guidance import Movement
@@ -15,9 +21,11 @@ from ..model.activations import Recompute
 from ..model.low_rank import LowRankEdit
 from .given import Given
 from .measure import movement_on
+from .meter import NOT_A_STEP_YET, CurvePoint, NothingLearnedError, until_stopped
 from .plan import STOP_EVERY, STOP_STATES, TRIAL_TRAJECTORIES, tried_states
 from .states import States, balanced_states, sample_kept, sample_to_train_on
-from .trainer import DivergedError, Pool, Ridge, SurgeryTrainer
+from .trainer import DivergedError, Pool, Ridge, SurgeryTrainer, drift_of
+from .watch import Watch, show_measured
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,40 @@ def train_where_it_helps(given: Given, start: Start) -> Trained:
 
     Raises:
         GradientError, PredictionError, TrainingError: see there.
+        NothingLearnedError: it was stopped, and there was nothing to start from.
     """
+    _draw_start(given, start)
+    trained = None
+    if not given.settings.samples or start.held_out is not None:
+        trained = until_stopped(_trained_where_it_helps, given, start)
+    if trained is None:
+        refuse_nothing(given, start)
+        return Trained(start.edit, STOPPED)
+    return trained
+
+
+def refuse_nothing(given: Given, start: Start) -> None:
+    """What was stopped before its first step must have had something to start from.
+
+    Raises:
+        NothingLearnedError: it hasn't.
+    """
+    if start.choice is None or not given.settings.warm_start:
+        raise NothingLearnedError(NOT_A_STEP_YET)
+
+
+def _draw_start(given: Given, start: Start) -> None:
+    """The first points of the curve: the untouched model, and the closed form where there is one.
+
+    How far the closed form moves is known by now, and what it changes needs no prediction.
+    """
+    meter = given.meter
+    meter.point(1.0, 0.0, smooth=False)
+    if start.choice is not None and given.settings.warm_start:
+        meter.point(1 - min(start.choice.moved), drift_of(start.ridges, start.edit), smooth=False)
+
+
+def _trained_where_it_helps(given: Given, start: Start) -> Trained:
     settings, choice = given.settings, start.choice
     if not settings.steps:
         return Trained(start.edit)
@@ -101,7 +142,7 @@ def train_where_it_helps(given: Given, start: Start) -> Trained:
         if min(choice.moved) >= AIM:
             return Trained(start.edit, NOT_NEEDED)
         states = sample_to_train_on(given, per_concept=TRIAL_TRAJECTORIES)
-        tried = _try(given, start, choice, states)
+        tried = _known_or_tried(given, start, choice, states)
         if tried.outcome != TRAINED:
             return tried
         gradient = tried.gradient
@@ -111,6 +152,21 @@ def train_where_it_helps(given: Given, start: Start) -> Trained:
         if _is_worse(given, start, choice, trained.edit):
             return replace(trained, edit=start.edit, outcome=WORSE)
     return trained
+
+
+def _known_or_tried(given: Given, start: Start, choice: RidgeChoice, states: States) -> Trained:
+    """What a trial says, or said in an earlier run."""
+    known = given.journal.known("trial")
+    if known is not None:
+        gradient = Checked(**known["gradient"])
+        return Trained(start.edit, known["outcome"], ended_by=known["ended_by"], gradient=gradient)
+    before = given.meter.spent
+    tried = _try(given, start, choice, states)
+    if tried.outcome != STOPPED and tried.gradient is not None:
+        said: dict[str, Any] = {"outcome": tried.outcome, "ended_by": tried.ended_by}
+        said["gradient"] = asdict(tried.gradient)
+        given.journal.note("trial", said, given.meter.spent - before)
+    return tried
 
 
 def _try(given: Given, start: Start, choice: RidgeChoice, states: States) -> Trained:
@@ -124,6 +180,7 @@ def _try(given: Given, start: Start, choice: RidgeChoice, states: States) -> Tra
     meter, wanted, done = given.meter, given.settings.trial_steps, 0
     trainer = _trainer(given, start, states, None)
     gradient = _check_gradient(given, trainer, None)
+    watch = Watch(given, states, trainer)
     with meter.part("trial"):
         try:
             for index in islice(trainer.batches(), wanted):
@@ -132,6 +189,7 @@ def _try(given: Given, start: Start, choice: RidgeChoice, states: States) -> Tra
                 done += 1
                 meter.say(f"Trying whether training helps, step {done}")
                 trainer.step(index)
+                watch.show()
         except DivergedError as error:
             return Trained(start.edit, NO_HELP, ended_by=str(error), gradient=gradient)
         if done < wanted:
@@ -142,44 +200,137 @@ def _try(given: Given, start: Start, choice: RidgeChoice, states: States) -> Tra
     return Trained(start.edit, TRAINED if helps else NO_HELP, gradient=gradient)
 
 
+@dataclass
+class Course:
+    """How far a training is.
+
+    Attributes:
+        gradient: what its check found.
+        losses: surgery loss of every step.
+        asked_at: the step after which held-out states were asked last.
+        low: how often in a row they said that little is left.
+        converged: whether that ended it.
+        ended_by: what ended it before its time, in words.
+        checked: forward-equivalents of the gradient's check.
+        cost: of the training until then.
+    """
+
+    gradient: Checked
+    losses: list[float] = field(default_factory=list)
+    asked_at: int = 0
+    low: int = 0
+    converged: bool = False
+    ended_by: str = ""
+    checked: int = 0
+    cost: int = 0
+
+    def kept(self, trainer: SurgeryTrainer, curve: Sequence[CurvePoint]) -> Part:
+        """All that another run needs to go on."""
+        state = trainer.state()
+        own = {"course": asdict(self), "curve": [list(point) for point in curve]}
+        return Part({**state.values, **own}, state.tensors)
+
+    @classmethod
+    def of(cls, part: Part) -> Course | None:
+        """As it was kept; None if the part isn't what it says."""
+        try:
+            values = copy.deepcopy(part.values["course"])
+            course = cls(**{**values, "gradient": Checked(**values["gradient"])})
+        except (KeyError, TypeError, ValueError):
+            return None
+        return course if len(course.losses) == part.values.get("steps") else None
+
+
 def _train(given: Given, start: Start, states: States, gradient: Checked | None) -> Trained:
     """All steps, unless the caller stops or the held-out residual stays under the threshold.
 
     Training that diverges ends there, and what was learned before is kept.
     """
-    settings, meter = given.settings, given.meter
+    meter = given.meter
     trainer = _trainer(given, start, states, sample_kept(given))
+    course = _gone_on(given, trainer) or _begun(given, trainer, gradient)
+    batches, watch = trainer.batches(), Watch(given, states, trainer)
+    before = meter.spent
+    with meter.part("training"):
+        meter.skip(course.cost)
+        while not _is_enough(given, start, trainer, course):
+            course.cost = meter.spent - before
+            given.journal.progressed(trainer.state_size, partial(course.kept, trainer, meter.curve))
+            index = next(batches, None)
+            if index is None or meter.should_stop():
+                break
+            if not _step(given, trainer, course, index):
+                break
+            meter.point(*trainer.left_and_drift())
+            watch.show()
+    if not course.losses:
+        refuse_nothing(given, start)
+    return Trained(
+        trainer.result(),
+        TRAINED,
+        course.losses,
+        course.converged,
+        course.ended_by,
+        course.gradient,
+        trainer.memory(),
+    )
+
+
+def _gone_on(given: Given, trainer: SurgeryTrainer) -> Course | None:
+    """Where an earlier run was, its cost on the meter; None if there is none to go on with."""
+    meter, part = given.meter, given.journal.progress()
+    course = Course.of(part) if part is not None else None
+    if part is None or course is None or not trainer.go_on(part):
+        return None
+    with meter.part("gradient"):
+        meter.skip(course.checked)
+    meter.resumed_at = len(course.losses)
+    meter.loss = course.losses[-1] if course.losses else None
+    meter.curve[:] = [CurvePoint(*point) for point in part.values["curve"]]
+    _plan_training(given, trainer)
+    meter.at_step(len(course.losses), given.settings.steps)
+    meter.say(f"Going on from step {len(course.losses)} of {given.settings.steps}")
+    return course
+
+
+def _begun(given: Given, trainer: SurgeryTrainer, gradient: Checked | None) -> Course:
+    before = given.meter.spent
     gradient = _check_gradient(given, trainer, gradient)
-    losses: list[float] = []
-    converged, ended_by, low = False, "", 0
+    return Course(gradient, checked=given.meter.spent - before)
+
+
+def _step(given: Given, trainer: SurgeryTrainer, course: Course, index: Tensor) -> bool:
+    """A step; returns whether there may be another."""
+    meter, steps = given.meter, given.settings.steps
+    meter.at_step(len(course.losses), steps)
+    meter.say(f"Training, step {len(course.losses) + 1} of {steps}")
+    try:
+        loss = trainer.step(index)
+    except DivergedError as error:
+        if not course.losses:
+            raise
+        course.ended_by = str(error)
+        return False
+    course.losses.append(loss)
+    meter.loss = loss
+    meter.at_step(len(course.losses), steps)
+    return True
+
+
+def _is_enough(given: Given, start: Start, trainer: SurgeryTrainer, course: Course) -> bool:
+    """Whether held-out states have said twice in a row that little is left; asked now and then."""
+    settings, done = given.settings, len(course.losses)
+    if not settings.stop_below or done % STOP_EVERY or course.asked_at == done:
+        return course.converged
+    given.meter.say("Checking on held-out states")
     assert start.held_out is not None  # settings with steps sample
     checked = balanced_states(
         start.held_out, given.prompts.pairs, STOP_STATES * len(settings.concepts)
     )
-    with meter.part("training"):
-        for index in trainer.batches():
-            if meter.should_stop():
-                break
-            meter.say(f"Training, step {len(losses) + 1} of {settings.steps}")
-            try:
-                loss = trainer.step(index)
-            except DivergedError as error:
-                if not losses:
-                    raise
-                ended_by = str(error)
-                break
-            losses.append(loss)
-            meter.loss = loss
-            if settings.stop_below and len(losses) % STOP_EVERY == 0:
-                meter.say("Checking on held-out states")
-                movement = _movement(given, trainer.result(), checked)
-                low = low + 1 if 1 - min(movement.concepts) < settings.stop_below else 0
-                converged = low == 2
-                if converged:
-                    break
-    return Trained(
-        trainer.result(), TRAINED, losses, converged, ended_by, gradient, trainer.memory()
-    )
+    movement = _movement(given, trainer.result(), checked)
+    course.low = course.low + 1 if 1 - min(movement.concepts) < settings.stop_below else 0
+    course.asked_at, course.converged = done, course.low == 2
+    return course.converged
 
 
 def _trainer(
@@ -200,14 +351,20 @@ def _check_gradient(given: Given, trainer: SurgeryTrainer, before: Checked | Non
     """
     meter = given.meter
     meter.say("Checking the gradient")
-    with meter.part("gradient"):
+    with meter.part("gradient"), meter.stoppable():
         trainer.fit_to_memory()
         if before is None or before.checkpointing != trainer.fit.checkpointing:
             apart = trainer.check_gradient()
             before = Checked(apart, trainer.fit.checkpointing)
-    if trainer.fit.checkpointing:
-        meter.plan({"training": given.planned(Recompute.forward_equivalents)["training"]})
+    _plan_training(given, trainer)
     return before
+
+
+def _plan_training(given: Given, trainer: SurgeryTrainer) -> None:
+    """Recomputing the blocks costs more than was planned."""
+    if trainer.fit.checkpointing:
+        training = given.planned(Recompute.forward_equivalents)["training"]
+        given.meter.plan({"training": training})
 
 
 def _is_worse(given: Given, start: Start, choice: RidgeChoice, edit: LowRankEdit) -> bool:
@@ -228,6 +385,20 @@ def tried_movement(given: Given, edit: LowRankEdit, held_out: States | None) -> 
     return _movement(given, edit, checked)
 
 
+def known_movement(given: Given, name: str, edit: LowRankEdit, held_out: States | None) -> Movement:
+    """The same as a fact that is kept.
+
+    Args:
+        name: of the fact.
+
+    Raises:
+        StopAsked: it is to stop.
+    """
+    with given.meter.stoppable():
+        found = given.journal.fact(name, lambda: asdict(tried_movement(given, edit, held_out)))
+    return Movement(**found)
+
+
 def _movement(given: Given, edit: LowRankEdit, states: States) -> Movement:
-    pairs, eta = given.prompts.pairs, given.settings.eta
-    return movement_on(given.model, pairs, states, edit, eta, given.checked_at_once)
+    pairs, eta, at_once = given.prompts.pairs, given.settings.eta, given.checked_at_once
+    return movement_on(given.model, pairs, states, edit, eta, at_once, show_measured(given))

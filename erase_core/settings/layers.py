@@ -13,6 +13,7 @@ ENTRANCES = (
     "*_cond_seq_linear",
     "*_cap_embedder_1",
     "*_caption_projection_linear_1",
+    "*_caption_embedder_1",
     "*_text_embedding_0",
     "*_t5_yproj",
     "*_y_embedder_y_proj_fc1",

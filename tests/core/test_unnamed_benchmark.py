@@ -19,7 +19,7 @@ from benchmarks.erasure.methods.base import last_subject_token
 from benchmarks.erasure.results import Cache, digest
 from benchmarks.icons.words import STYLE_NAMES as ICON_STYLES
 from benchmarks.icons.words import THING_NAMES
-from benchmarks.unnamed import report, run
+from benchmarks.unnamed import agreement, exactness, report, run
 from benchmarks.unnamed.cases import BROKEN, CASES, TEN, Case
 from benchmarks.unnamed.methods import (
     INSTANT,
@@ -348,3 +348,43 @@ class TestReport:
         assert "'sun': 0.50 gone" in text
         rows = [line for line in text.splitlines() if line.startswith("| ours/balanced")]
         assert len({row.count("|") for row in rows}) == 1
+
+
+def test_the_reports_verdict_is_the_judges_in_19_of_20_erasures_of_each_model():
+    """Weak and ruined ones among them, as they are stored."""
+    judged = [*agreement.stored(), *agreement.weak_and_ruined()]
+    for world in CASES:
+        own = [one for one in judged if one.world == world]
+        assert len(own) >= 75 and sum(one.agrees for one in own) >= 0.95 * len(own)
+        # None is called better than it is by more than one word, and no ruin goes unsaid.
+        order = ["gone", "traces", "not gone"]
+        assert not [one for one in own if one.seen[1] == "ruined" != one.said[1]]
+        for said, seen in ((one.said[0], one.seen[0]) for one in own if one.said[0]):
+            assert order.index(seen) - order.index(said) < 2
+    words = {one.seen for one in judged}
+    assert {("not gone", "kept"), ("traces", "kept"), ("gone", "kept"), ("gone", "harmed")} <= words
+    assert "ruined" in {kept for _, kept in words}
+    assert agreement.TABLE.read_text("utf-8") == agreement.table(judged)
+
+
+def test_a_verdict_that_says_another_word_disagrees():
+    said = agreement.Judged("emoji", "cat", ("gone", "kept"), ("traces", "kept"))
+    assert not said.agrees and "says gone, kept; is traces, kept" in agreement.table([said])
+    assert agreement.Judged("emoji", "cat", ("", "ruined"), ("gone", "ruined")).agrees
+    assert not agreement.Judged("emoji", "cat", ("", "ruined"), ("gone", "harmed")).agrees
+
+
+def test_less_room_keeps_more_exactly_on_both_models_and_costs_other_words():
+    lines = [*Cache(exactness.LINES)]
+    assert exactness.TABLE.read_text("utf-8") == exactness.table(lines)
+    assert all(one["exact"] == one["called_exact"] and one["worst_exact"] <= 1e-5 for one in lines)
+    for world in exactness.CASES:
+        at = {
+            room: [
+                one for one in lines if one["of"]["world"] == world and one["of"]["room"] == room
+            ]
+            for room in (0.1, 0.25)
+        }
+        exact = {room: sum(one["exact"] for one in group) for room, group in at.items()}
+        others = {room: sum(one["others"] for one in group) for room, group in at.items()}
+        assert exact[0.1] >= 2 * exact[0.25] and others[0.1] > others[0.25]

@@ -8,9 +8,11 @@ from comfy_extras.nodes_lora_extract import LoraSave
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 from comfy_extras.nodes_model_merging import NODE_CLASS_MAPPINGS as MERGING
 from comfy_extras.nodes_model_merging_model_specific import NODE_CLASS_MAPPINGS as SPECIFIC
+from concept_surgery.nodes import downstream
 from concept_surgery.nodes.apply import ApplyErasure
-from concept_surgery.nodes.downstream import weight_takers
+from concept_surgery.nodes.downstream import say_what_is_left_behind, weight_takers
 
+from tools import graphs
 from tools.graphs import node
 
 
@@ -111,3 +113,21 @@ def test_nodes_of_the_hosts_newer_kind_are_understood():
 
     graph = {**OTHER, **APPLY, **node("7", "NewSave", model=AFTER)}
     assert weight_takers(graph, "3:5", {**KNOWN, "NewSave": Save}) == ["NewSave (node 7)"]
+
+
+@pytest.mark.parametrize("request_", [None, [], {}, {"prompt": None}, {"prompt": {"1": None}}])
+def test_a_request_of_any_kind_is_handed_on(request_):
+    assert say_what_is_left_behind(request_) is request_
+
+
+def test_an_erasure_at_strength_0_or_in_the_weights_is_not_warned_of(monkeypatch):
+    said = []
+    monkeypatch.setattr(downstream, "_known_classes", lambda: KNOWN)
+    monkeypatch.setattr(downstream, "warn", lambda text, node_id: said.append((node_id, text)))
+    for strength, mode in ((0, "exact"), (1.0, "merge"), (1.0, "exact")):
+        assert not said
+        graph = graphs.apply(strength=strength, mode=mode)
+        graph |= node("7", "CheckpointSave", model=("apply", 0), filename_prefix="a")
+        say_what_is_left_behind({"prompt": graph})
+    ((node_id, text),) = said
+    assert node_id == "apply" and "CheckpointSave (node 7) takes the weights alone" in text

@@ -189,6 +189,27 @@ def test_a_hostile_erasure_runs_no_script(server, browser, hostile_file):
     assert not browser.run("window.harmed")
 
 
+def test_the_reports_node_shows_its_verdict_and_chart_and_runs_no_script(
+    server, browser, hostile_file
+):
+    graph = graphs.load("2", filename=hostile_file) | graphs.report("3", erasure=("2", 0))
+    graph |= graphs.show("4", ("3", 0)) | graphs.show("5", ("3", 1))
+    run_in_front_end(browser, graph)
+    node = "app.graph.getNodeById(3)"
+    browser.wait_for(f"{node}.imgs?.length === 1 && {node}.imgs[0].naturalWidth === 1024", 30)
+    texts = "[...document.querySelectorAll('span, textarea')].map((e) => e.value ?? e.innerText)"
+    for part in ("judged by the words alone", "## What stays", '"schema": 1'):
+        browser.wait_for(f"{texts}.find((text) => text.includes({part!r}))", 30)
+    assert browser.run("document.querySelectorAll('a[href*=elsewhere], img[src=x]').length") == 0
+    # As Markdown, where the host's node for texts can show it so.
+    browser.run("""(() => {
+        const shown = app.graph.getNodeById(4).widgets.find((w) => w.name === "previewMode")
+        if (shown) { shown.value = true; shown.callback?.(true) }
+    }})()""")
+    assert browser.run("document.querySelectorAll('a[href*=elsewhere], img[src=x]').length") == 0
+    assert not browser.run("window.harmed")
+
+
 def test_a_hostile_error_runs_no_script(server, browser, hostile_file):
     graph = graphs.load("2", filename=hostile_file)
     graph |= graphs.take_out("3", concepts=f"dog {TAG}", erasure=("2", 0))

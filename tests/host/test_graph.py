@@ -45,6 +45,7 @@ def test_the_nodes_are_there_with_tooltips_and_help(server):
         "ConceptSurgerySuggest": "Suggest Names",
         "ConceptSurgeryApply": "Apply Erased UNet",
         "ConceptSurgeryCompare": "Compare Erasure",
+        "ConceptSurgeryReport": "Erasure Report",
         "ConceptSurgeryJoin": "Join Erasures",
         "ConceptSurgeryTakeOut": "Take Concepts Out",
         "ConceptSurgerySave": "Save Erasure",

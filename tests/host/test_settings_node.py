@@ -52,6 +52,7 @@ def test_train_shows_what_a_person_decides_and_settings_the_rest():
     # As they once stood on the trainer: web/old_workflows.js reads saved values by their order.
     names = "form layers templates steps rank learning_rate eta protection drift_weight "
     names += "keep_weight null_score stop_below batch trajectories resolution captions"
+    names += " keep_room"  # which never did, and comes behind
     assert [*expert["optional"]] == list(EXPERT) == names.split()
     assert not expert.get("required")
 

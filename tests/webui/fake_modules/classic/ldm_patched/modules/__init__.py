@@ -1,0 +1,1 @@
+"""Fake of Classic's ``ldm_patched``."""

@@ -1,0 +1,3 @@
+"""Fake of ``modules.paths``."""
+
+data_path = models_path = ""

@@ -1,0 +1,3 @@
+"""Fake of ``modules.sd_unet``."""
+
+current_unet = None
