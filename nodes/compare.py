@@ -67,7 +67,6 @@ class CompareErasure(io.ComfyNode):
                 "labelled sheet. Left alone it tries what was erased, what was kept, and words "
                 "that nobody named."
             ),
-            search_aliases=["before after", "compare", "grid", "xy plot", "test erasure"],
             inputs=[*_main_inputs(), *_drawing_inputs()],
             outputs=[
                 io.Image.Output("sheet", display_name="sheet"),

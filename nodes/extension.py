@@ -11,6 +11,7 @@ from .join import JoinErasures
 from .purify import PurifyImage
 from .report import ErasureReport
 from .settings import ErasureSettings
+from .suggest import SuggestNames
 from .take_out import TakeConceptsOut
 from .train import TrainErasure
 
@@ -23,6 +24,7 @@ class ConceptSurgeryExtension(ComfyExtension):
         return [
             TrainErasure,
             ErasureSettings,
+            SuggestNames,
             ApplyErasure,
             CompareErasure,
             ErasureReport,

@@ -37,7 +37,6 @@ class JoinErasures(io.ComfyNode):
                 "get in each other's way, and what they change besides adds up. Takes seconds: it "
                 "reads what they erase and solves it anew, without training."
             ),
-            search_aliases=["merge erasures", "combine erasures", "stack", "several concepts"],
             inputs=[
                 io.Model.Input(
                     "model",

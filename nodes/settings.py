@@ -39,17 +39,6 @@ class ErasureSettings(io.ComfyNode):
                 "The numbers behind Train Concept Erasure, for who wants to change them. Left as "
                 "they are they change nothing, so the node isn't needed."
             ),
-            search_aliases=[
-                "erase settings",
-                "expert settings",
-                "advanced erasure",
-                "training steps",
-                "rank",
-                "learning rate",
-                "ESD",
-                "LECO",
-                "UCE",
-            ],
             inputs=_inputs(),
             outputs=[SettingsType.Output("settings", display_name="SETTINGS")],
             hidden=[io.Hidden.unique_id],
@@ -122,7 +111,6 @@ def _inputs() -> list[Any]:
     return [
         _combo(
             "form",
-            "Form",
             [AUTO, *FORMS],
             "auto: as the model allows. hard: the empty prompt and the kept "
             "prompts can't move at all. soft: they are held by a penalty, as in the paper; needed "
@@ -130,36 +118,33 @@ def _inputs() -> list[Any]:
         ),
         _combo(
             "layers",
-            "Layers that train",
             [AUTO, *LAYER_RULES],
             "What trains; auto: key-value on U-Nets, text-input on SD3 and Flux, prompt-fed on "
             "other architectures. Others need the soft form.",
         ),
         io.String.Input(
             "templates",
-            display_name="Templates (own phrases)",
             multiline=True,
             placeholder="own phrases, one a line: a photo of {}",
             default="",
             tooltip=(
-                "Your own phrases to learn from instead of those of the kind, one a line, with {} "
-                "where the concept stands. After => the same phrase without it, if it isn't simply "
+                "Your own phrases to learn from instead of those of the kind, one a line, with a "
+                "pair of curly brackets where the concept stands. After => the same phrase "
+                "without it, if it isn't simply "
                 "left out."
             ),
             **_OPTIONAL,
         ),
-        _int("steps", "Steps", 10_000, "Optimiser steps." + preset),
-        _int("rank", "Rank", 256, "Rank of the change, at most." + preset),
+        _int("steps", 10_000, "Optimiser steps." + preset),
+        _int("rank", 256, "Rank of the change, at most." + preset),
         _float(
             "learning_rate",
-            "Learning rate",
             (AS_PRESET, 10.0),
             AS_PRESET,
             "Adam's step relative to the size of each matrix." + preset,
         ),
         _float(
             "eta",
-            "Eta (push beyond)",
             (0.0, 10.0),
             0.0,
             "Push beyond the replacement. Above 0, a negative prompt that names the concept draws "
@@ -167,7 +152,6 @@ def _inputs() -> list[Any]:
         ),
         _float(
             "protection",
-            "Protection of the rest",
             (AS_PRESET, 1e4),
             AS_PRESET,
             "How strongly prompts nobody named are held. Higher keeps more, erases less. "
@@ -176,7 +160,6 @@ def _inputs() -> list[Any]:
         *_soft_inputs(),
         _float(
             "stop_below",
-            "Stop below (share left)",
             (AS_PRESET, 1.0),
             AS_PRESET,
             "End early once less than this share is left to go on states it doesn't learn from; "
@@ -184,19 +167,16 @@ def _inputs() -> list[Any]:
         ),
         _int(
             "batch",
-            "Batch (states per step)",
             64,
             "States per step. 1 needs the least memory." + preset,
         ),
         _int(
             "trajectories",
-            "Trajectories (sampling runs)",
             256,
             "Sampling runs to learn from." + preset,
         ),
         io.Int.Input(
             "resolution",
-            display_name="Resolution",
             default=0,
             min=0,
             max=4096,
@@ -206,14 +186,12 @@ def _inputs() -> list[Any]:
         ),
         _int(
             "captions",
-            "Captions (language read)",
             100_000,
             "Plain captions, and nearly as many words of the text encoder's own, that stand for "
             "the rest of the language." + preset,
         ),
         _float(
             "keep_room",
-            "Room beside kept prompts",
             (0.02, 1.0),
             EraseSettings.keep_room,
             "Hard form: the share of a concept that prompts kept exactly must leave to it. With "
@@ -227,21 +205,18 @@ def _soft_inputs() -> list[Any]:
     return [
         _float(
             "drift_weight",
-            "Drift weight (soft form)",
             (0.0, 1e4),
             1.0,
             "Soft form: weight on the drift of the empty prompt.",
         ),
         _float(
             "keep_weight",
-            "Keep weight (soft form)",
             (0.0, 1e4),
             1.0,
             "Soft form: weight on the drift of kept prompts.",
         ),
         _combo(
             "null_score",
-            "Null score (soft form)",
             NULL_SCORES,
             "Soft form: whose prediction for the empty prompt the change is measured from: the "
             "original's (frozen), or that of the model in training, with (student) or without "
@@ -250,12 +225,11 @@ def _soft_inputs() -> list[Any]:
     ]
 
 
-def _combo(name: str, title: str, options: Iterable[str], tooltip: str) -> Any:
+def _combo(name: str, options: Iterable[str], tooltip: str) -> Any:
     """A choice; the first option is the default."""
     options = list(options)
     return io.Combo.Input(
         name,
-        display_name=title,
         options=options,
         default=options[0],
         tooltip=tooltip,
@@ -263,10 +237,9 @@ def _combo(name: str, title: str, options: Iterable[str], tooltip: str) -> Any:
     )
 
 
-def _int(name: str, title: str, high: int, tooltip: str) -> Any:
+def _int(name: str, high: int, tooltip: str) -> Any:
     return io.Int.Input(
         name,
-        display_name=title,
         default=AS_PRESET,
         min=AS_PRESET,
         max=high,
@@ -275,10 +248,9 @@ def _int(name: str, title: str, high: int, tooltip: str) -> Any:
     )
 
 
-def _float(name: str, title: str, limits: tuple[float, float], default: float, tooltip: str) -> Any:
+def _float(name: str, limits: tuple[float, float], default: float, tooltip: str) -> Any:
     return io.Float.Input(
         name,
-        display_name=title,
         default=float(default),
         min=float(limits[0]),
         max=float(limits[1]),

@@ -27,7 +27,6 @@ class TakeConceptsOut(io.ComfyNode):
                 "Takes some of its concepts out of an erasure, so that the model draws them again. "
                 "The others stay as they were trained; nothing is trained again."
             ),
-            search_aliases=["restore concept", "undo erasure", "split erasure"],
             inputs=[
                 ErasureType.Input(
                     "erasure",

@@ -19,20 +19,6 @@ from .schema import CATEGORY, ErasureType, SettingsType, compatible
 from .settings import EXPERT, TITLE, expert_values, settings_from_widgets
 
 LINKED = "concept from a link"  # stands for a concept that isn't known yet
-# What people call it, and the methods that it stands among.
-SEARCH_WORDS = (
-    "erase",
-    "remove",
-    "forget",
-    "delete",
-    "unlearn",
-    "censor",
-    "LECO",
-    "ESD",
-    "UCE",
-    "erase concept",
-    "remove concept",
-)
 
 
 class TrainErasure(io.ComfyNode):
@@ -50,7 +36,6 @@ class TrainErasure(io.ComfyNode):
                 "Learns to stop drawing something, from words alone, on the model that is loaded. "
                 "The model itself is not changed: connect ERASURE to Apply Erased UNet."
             ),
-            search_aliases=list(SEARCH_WORDS),
             inputs=[*_main_inputs(), *_more_inputs()],
             outputs=[
                 ErasureType.Output("erasure", display_name="ERASURE"),
@@ -180,29 +165,24 @@ def _loss_curve(erasure: Erasure) -> list[float]:
 
 def _main_inputs() -> list[Any]:
     return [
-        io.Model.Input(
-            "model", display_name="Model", tooltip="The model to learn on. It is not changed."
-        ),
+        io.Model.Input("model", tooltip="The model to learn on. It is not changed."),
         io.Clip.Input(
             "clip",
-            display_name="CLIP",
             tooltip="The text encoder that you also use for your prompts.",
         ),
         io.String.Input(
             "erase",
-            display_name="Erase",
             multiline=True,
             placeholder="what to stop drawing, one a line: cat => dog",
             default="",
             tooltip=(
                 "What the model must stop drawing, for example: cat. Several: one a line. Other "
-                "names of one thing: cat | kitten. "
+                "names of one thing: on its line, with a vertical bar between them. "
                 "cat => dog says what to draw instead."
             ),
         ),
         io.String.Input(
             "replace_with",
-            display_name="Replace with",
             default="",
             tooltip=(
                 "What to draw instead, for example: dog, for lines that don't say it with =>. "
@@ -211,7 +191,6 @@ def _main_inputs() -> list[Any]:
         ),
         io.String.Input(
             "keep",
-            display_name="Keep",
             multiline=True,
             placeholder="prompts that must not change, one a line",
             default="",
@@ -222,7 +201,6 @@ def _main_inputs() -> list[Any]:
         ),
         io.String.Input(
             "negative_prompts",
-            display_name="Negative prompts you use",
             multiline=True,
             placeholder="one a line",
             default="",
@@ -236,7 +214,6 @@ def _choices() -> list[Any]:
     return [
         io.Combo.Input(
             "kind",
-            display_name="Kind",
             options=list(KINDS),
             default=KINDS[0],
             tooltip=(
@@ -246,7 +223,6 @@ def _choices() -> list[Any]:
         ),
         io.Combo.Input(
             "preset",
-            display_name="Preset",
             options=list(PRESETS),
             default="balanced",
             tooltip=(
@@ -271,13 +247,11 @@ def _more_inputs() -> list[Any]:
     return [
         SettingsType.Input(
             "settings",
-            display_name="Settings",
             optional=True,
             tooltip=f"From {TITLE}, for who wants to set steps, rank and the like. Not needed.",
         ),
         io.Combo.Input(
             "model_type",
-            display_name="Model type",
             options=list(MODEL_TYPES),
             default=MODEL_TYPES[0],
             optional=True,
@@ -286,7 +260,6 @@ def _more_inputs() -> list[Any]:
         ),
         io.Combo.Input(
             "stored_result",
-            display_name="Stored result",
             options=list(REUSE),
             default=REUSE[0],
             optional=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..erase_core.method.words import words_among
+from ..erase_core.method.words import numbered_words
 
 # What tokenizers raise that can't list their tokens.
 _NO_LIST = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -25,22 +25,28 @@ def vocabulary(clip, streams: Sequence[str] = ()) -> list[str]:
     Returns:
         No words at all where no tokenizer lists its tokens.
     """
-    for tokenizer in _tokenizers(clip, streams):
-        words = words_among(_tokens(tokenizer))
+    return list(numbered_vocabulary(clip, streams)[1])
+
+
+def numbered_vocabulary(clip, streams: Sequence[str] = ()) -> tuple[str, dict[str, int]]:
+    """The same with the id of each, and the host's name of the tokenizer; "" if it has none."""
+    for name, tokenizer in _tokenizers(clip, streams):
+        words = numbered_words(_tokens(tokenizer))
         if words:
-            return words
-    return []
+            return name, words
+    return "", {}
 
 
-def _tokenizers(clip, streams: Sequence[str]) -> Iterator[Any]:
-    """What may be a tokenizer, from the preferred one on."""
+def _tokenizers(clip, streams: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """What may be a tokenizer, by name, from the preferred one on."""
     wrapper = getattr(clip, "tokenizer", None)
     parts = dict(getattr(wrapper, "__dict__", {}))
     for stream in reversed(streams):
         # The host calls its stream "l" and the attribute that holds the tokenizer "clip_l".
-        yield from (parts.pop(name) for name in (stream, f"clip_{stream}") if name in parts)
-    yield wrapper  # some are no wrapper, but the tokenizer itself
-    yield from parts.values()
+        named = [name for name in (stream, f"clip_{stream}") if name in parts]
+        yield from ((name, parts.pop(name)) for name in named)
+    yield "", wrapper  # some are no wrapper, but the tokenizer itself
+    yield from parts.items()
 
 
 def _tokens(tokenizer: Any) -> Mapping[int, Any]:

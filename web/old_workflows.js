@@ -148,7 +148,7 @@ function oldLinks(node) {
 /** A place to the left of a node where nothing lies. */
 function freePlace(node, settings) {
   const [width, height] = settings.size;
-  const gap = 60;
+  const gap = 160; // the newer renderer draws nodes larger
   const x = node.pos[0] - width - gap;
   let y = node.pos[1];
   const others = (node.graph.nodes ?? node.graph._nodes).filter((one) => one !== settings);

@@ -94,7 +94,7 @@ class Others:
         """
         held_out = self.of_edit(edit, self.witnesses.telling())
         changes, rows = self.of_edit(edit, self.vocabulary), self.vocabulary.rows
-        nearest = _likeness(rows, concepts).topk(min(NEAREST, len(rows))).indices
+        nearest = likeness(rows, concepts).topk(min(NEAREST, len(rows))).indices
         most = changes.changes.topk(min(MOST_CHANGED, len(rows))).indices
         by_change = held_out.changes.argsort(descending=True)
         return {
@@ -113,7 +113,7 @@ class Others:
         return (((rows @ inner) * rows).sum(-1) * words.counts).sum(1).clamp(min=0)
 
 
-def _likeness(rows: Tensor, concepts: Sequence[Tensor]) -> Tensor:
+def likeness(rows: Tensor, concepts: Sequence[Tensor]) -> Tensor:
     """How near words (n, 2, width) are to the nearest of the concepts, (n,)."""
     found = torch.full((len(rows),), -1.0)
     if not len(rows):

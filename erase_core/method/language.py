@@ -45,7 +45,7 @@ MOSTLY_UNKNOWN = 0.5
 Reported = Callable[[int, int], None]
 
 
-def _in_silence(done: int, total: int) -> None:
+def in_silence(done: int, total: int) -> None:
     """Tell nobody how far the reading is."""
 
 
@@ -112,7 +112,7 @@ def read_language(
     reading: Reading,
     cache: MutableMapping[str, Tensor] | None = None,
     named: Sequence[str] = (),
-    progress: Reported = _in_silence,
+    progress: Reported = in_silence,
 ) -> Language:
     """Encode what is to be read, or take it from the cache. Every prompt counts alike.
 
@@ -160,7 +160,7 @@ def read_moment(
     way: str,
     cache: MutableMapping[str, Tensor] | None = None,
     named: Sequence[str] = (),
-    progress: Reported = _in_silence,
+    progress: Reported = in_silence,
 ) -> Tensor:
     """Second moment (size, size) of what enters on another way than that of the tokens.
 

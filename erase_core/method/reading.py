@@ -9,6 +9,7 @@ from functools import cache
 from importlib import resources
 
 from ..model.denoiser import Denoiser
+from ..model.prompt import ReadsText
 from ..settings.prompts import said, with_article
 from .alignment import word_span
 
@@ -63,7 +64,7 @@ def choose_reading(denoiser: Denoiser, captions: Sequence[str], kind: str) -> Re
         words, phrases = evenly_spaced(common_tags(), most), TAG_PHRASES
         held_out = _held_out(words, [*captions, *phrases])
     else:
-        vocabulary, phrases = _known(denoiser, _vocabulary(denoiser)), PHRASES
+        vocabulary, phrases = known_words(denoiser, _vocabulary(denoiser)), PHRASES
         known = set(vocabulary)
         nameable = [word for word in things() if word in known]
         held_out = _held_out(nameable, captions) or _held_out(vocabulary, captions)
@@ -71,7 +72,7 @@ def choose_reading(denoiser: Denoiser, captions: Sequence[str], kind: str) -> Re
         first = [word for word in nameable if word not in out]
         out.update(first)
         rest = [word for word in vocabulary if word not in out]
-        words = [*evenly_spaced(first, most), *_frequent_first(rest, max(0, most - len(first)))]
+        words = [*evenly_spaced(first, most), *frequent_first(rest, max(0, most - len(first)))]
     out = set(held_out)
     phrased = in_phrases([word for word in words if word not in out], phrases)
     return Reading(
@@ -88,7 +89,7 @@ def _vocabulary(denoiser: Denoiser) -> list[str]:
     return list(dict.fromkeys(re.findall(r"\b[a-z]{3,}\b", " ".join(texts))))
 
 
-def _known(denoiser: Denoiser, words: Sequence[str]) -> list[str]:
+def known_words(denoiser: ReadsText, words: Sequence[str]) -> list[str]:
     """Those of the words that aren't an unknown word to the encoder."""
     unknown = unknown_token(denoiser)
     if unknown is None:
@@ -97,13 +98,13 @@ def _known(denoiser: Denoiser, words: Sequence[str]) -> list[str]:
     return [word for word, ids in zip(words, rows, strict=True) if unknown not in ids]
 
 
-def unknown_token(denoiser: Denoiser) -> int | None:
+def unknown_token(denoiser: ReadsText) -> int | None:
     """The token that any unknown word becomes, for encoders that have one."""
     rows = words_of(denoiser, _GIBBERISH)
     return rows[0][0] if all(len(row) == 1 and row == rows[0] for row in rows) else None
 
 
-def words_of(denoiser: Denoiser, texts: Sequence[str]) -> list[list[int]]:
+def words_of(denoiser: ReadsText, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of the texts' words, without what stands around them."""
     null, *rows = denoiser.token_ids(["", *texts])
     return [list(ids[slice(*word_span(ids, null))]) for ids in rows]
@@ -126,7 +127,7 @@ def _held_out(words: Sequence[str], captions: Sequence[str]) -> list[str]:
     return [*chosen, *evenly_spaced([w for w in words if w not in known], wanted - len(chosen))]
 
 
-def _frequent_first(words: Sequence[str], count: int) -> list[str]:
+def frequent_first(words: Sequence[str], count: int) -> list[str]:
     """``count`` of the words, the denser the nearer to the beginning of the list."""
     if count >= len(words):
         return list(words)

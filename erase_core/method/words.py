@@ -23,6 +23,18 @@ def words_among(tokens: Mapping[int, Any]) -> list[str]:
     Args:
         tokens: text or bytes by id, as the tokenizer keeps them.
     """
+    return list(numbered_words(tokens))
+
+
+def numbered_words(tokens: Mapping[int, Any]) -> dict[str, int]:
+    """The words among a text encoder's tokens, in lower case, in the order of their ids.
+
+    Frequent beginnings and endings of words ("inter", "tion") can't be told from words and are
+    among them.
+
+    Args:
+        tokens: text or bytes by id, as the tokenizer keeps them.
+    """
     for form in (_MARKED, _PLAIN):
         found = {}
         for number, token in tokens.items():
@@ -31,5 +43,8 @@ def words_among(tokens: Mapping[int, Any]) -> list[str]:
             if match:
                 found[number] = next(filter(None, match.groups()))
         if found:
-            return list(dict.fromkeys(found[number] for number in sorted(found)))
-    return []
+            numbered: dict[str, int] = {}
+            for number in sorted(found):
+                numbered.setdefault(found[number], number)
+            return numbered
+    return {}

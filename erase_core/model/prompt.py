@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +49,19 @@ class Encoded:
     def tensors(self) -> list[Tensor]:
         """The embeddings that there are."""
         return [self.tokens] if self.pooled is None else [self.tokens, self.pooled]
+
+
+class ReadsText(Protocol):
+    """A text encoder: what of :class:`denoiser.Denoiser` needs no network."""
+
+    def encode(self, prompts: Sequence[str], together: bool = False) -> list[Encoded]:
+        """See there."""
+
+    def token_ids(self, prompts: Sequence[str]) -> Sequence[Sequence[int]]:
+        """See there."""
+
+    def vocabulary(self) -> Sequence[str]:
+        """See there."""
 
 
 def stack_tokens(prompts: Sequence[Encoded]) -> Tensor:

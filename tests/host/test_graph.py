@@ -42,6 +42,7 @@ def test_the_nodes_are_there_with_tooltips_and_help(server):
     for name, title in {
         "ConceptSurgeryTrain": "Train Concept Erasure",
         "ConceptSurgerySettings": "Erasure Settings",
+        "ConceptSurgerySuggest": "Suggest Names",
         "ConceptSurgeryApply": "Apply Erased UNet",
         "ConceptSurgeryCompare": "Compare Erasure",
         "ConceptSurgeryReport": "Erasure Report",

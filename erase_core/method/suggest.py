@@ -1,0 +1,148 @@
+"""Other names of a concept, and its neighbours, as its text encoder knows them.
+
+Words are compared as the network gets to see them: in a phrase, by the embeddings of the word's
+last token and of the prompt's end, from which what all words share is taken.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..model.prompt import ReadsText
+from ..settings.prompts import said, with_article
+from ..settings.texts import Concept, folded
+from .alignment import word_span
+from .collateral import likeness
+from .language import ENCODE_BATCH, Reported, in_silence
+from .reading import common_tags, frequent_first, known_words, things
+
+MOST_NAMES, MOST_NEIGHBOURS = 6, 6
+# Words that are read where nobody says which are likely, and where somebody does: of all words,
+# and of the names of things.
+MOST_READ, LIKELY, LIKELY_THINGS = 1500, 120, 60
+# Below either a word has no more to do with the concept than others have: the likeness itself,
+# and its share in that of the nearest word.
+LEAST_LIKENESS, LEAST_SHARE = 0.3, 0.85
+# How much nearer than the nearest other thing a name is: on the emoji model, those that are names
+# are by .25 and more, and what merely happens to come first by .05.
+LEAD = 0.1
+_PHRASES = {"style": "a picture in the style of {}", "tags": "{}"}
+_PHRASE = "a photo of {a}"
+
+
+Rank = Callable[[Sequence[str]], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Words for a person to look through, the nearest first.
+
+    Attributes:
+        concept: what they are for.
+        names: words that are clearly nearer to it than any other thing is, maybe names of it.
+        neighbours: other things near to it, which may be worth keeping.
+    """
+
+    concept: Concept
+    names: tuple[str, ...]
+    neighbours: tuple[str, ...]
+
+    @property
+    def line(self) -> str:
+        """The concept with all its names on one line, as it is typed under "erase"."""
+        concept = self.concept
+        also = (*concept.also, *self.names)
+        return str(Concept(concept.text, concept.alternative, concept.kind, also))
+
+
+def suggest(
+    reader: ReadsText,
+    concept: Concept,
+    kind: str,
+    rank: Rank | None = None,
+    progress: Reported = in_silence,
+) -> Suggestion:
+    """Find names of a concept, and its neighbours, among words of the text encoder's own.
+
+    Args:
+        reader: the text encoder.
+        kind: of the concept.
+        rank: puts words that are likely to be near first, quickly. Without it the frequent words
+            of the vocabulary are read.
+        progress: told how many words are read, and how many there are.
+    """
+    others, listed = _things(reader, kind), list(reader.vocabulary())
+    if rank is None:
+        listed = frequent_first(listed, MOST_READ)
+    else:
+        others = list(rank(others)[:LIKELY_THINGS])
+        listed = list(rank(listed)[:LIKELY])
+    words = _candidates(reader, concept, [*others, *listed])
+    if not words:
+        return Suggestion(concept, (), ())
+    phrase = _PHRASES.get(kind, _PHRASE)
+    rows = _rows(reader, [*concept.names, *words], phrase, progress)
+    count = len(concept.names)
+    near = likeness(rows[count:], list(rows[:count])).tolist()
+    found = sorted(zip(near, words, strict=True), reverse=True)
+    distinct = [word for _, word in found if word in set(others) and not _akin(word, concept)]
+    nearest = next((like for like, word in found if word in distinct[:1]), 0.0)
+    least = max(LEAST_LIKENESS, LEAST_SHARE * found[0][0])
+    names = [
+        word
+        for like, word in found
+        if like >= least
+        and (like > nearest + LEAD or _akin(word, concept))
+        and word not in distinct
+    ]
+    out = {folded(concept.alternative)}
+    neighbours = [word for word in distinct if folded(word) not in out]
+    return Suggestion(concept, tuple(names[:MOST_NAMES]), tuple(neighbours[:MOST_NEIGHBOURS]))
+
+
+def _things(reader: ReadsText, kind: str) -> list[str]:
+    """Things that are known to be different ones, as far as the encoder has a word for them."""
+    if kind == "tags":
+        return common_tags()
+    known = set(reader.vocabulary())
+    return [word for word in things() if word in known] if known else things()
+
+
+def _candidates(reader: ReadsText, concept: Concept, words: Sequence[str]) -> list[str]:
+    """Words that the encoder knows and that aren't the concept or what takes its place."""
+    own = {folded(said(text)) for text in (*concept.names, concept.alternative)}
+    distinct = dict.fromkeys(word for word in words if folded(word) not in own)
+    return known_words(reader, list(distinct))
+
+
+def _akin(word: str, concept: Concept) -> bool:
+    """Whether it is the concept's own word with another ending: cats, catlike."""
+    return any(
+        len(name) >= 3 and re.match(re.escape(folded(said(name))), folded(word)) is not None
+        for name in concept.names
+    )
+
+
+def _rows(reader: ReadsText, words: Sequence[str], phrase: str, progress: Reported) -> Tensor:
+    """Of each word its last token's row and that of the prompt's end, (n, 2, width)."""
+    upto = phrase[: re.search(r"\{a?\}", phrase).end()]  # type: ignore[union-attr]
+    null = reader.token_ids([""])[0]
+    rows = []
+    for start in range(0, len(words), ENCODE_BATCH):
+        batch = words[start : start + ENCODE_BATCH]
+        texts = [[_said_in(form, word) for word in batch] for form in (upto, phrase)]
+        ends = [[word_span(ids, null)[1] for ids in reader.token_ids(of_form)] for of_form in texts]
+        for prompt, last, end in zip(reader.encode(texts[1], together=True), *ends, strict=True):
+            bottom = len(prompt.tokens) - 1
+            rows.append(prompt.tokens[[min(max(0, last - 1), bottom), min(end, bottom)]])
+        progress(start + len(batch), len(words))
+    return torch.stack(rows)
+
+
+def _said_in(phrase: str, word: str) -> str:
+    return phrase.replace("{a}", with_article(word)).replace("{}", word)
