@@ -221,8 +221,11 @@ DRAWN = {
     "width": 0,
     "height": 0,
 }
-# The widgets of Erasure Settings in their order; the one before the last is the resolution.
-EXPERT = ["auto", "auto", "", -1, -1, -1.0, 0.0, -1.0, 1.0, 1.0, "frozen", -1.0, -1, -1, 0, -1]
+# The widgets of Erasure Settings in their order; the last but two is the resolution.
+EXPERT = [
+    *("auto", "auto", "", -1, -1, -1.0, 0.0, -1.0, 1.0, 1.0, "frozen", -1.0, -1, -1),
+    *(0, -1, 0.25),
+]
 SAVED = [True, "kohya", "add a number"]
 
 _NOTES = (
@@ -349,7 +352,7 @@ def _trained(graph: Workflow, template: Template, loader: int) -> int:
     }
     height = 900
     if template.resolution:
-        values = [*EXPERT[:-2], template.resolution, EXPERT[-1]]
+        values = [*EXPERT[:-3], template.resolution, *EXPERT[-2:]]
         wire = (("SETTINGS", "ERASE_SETTINGS"),)
         box = (480, 1050, 420, 680)
         settings = graph.add("ConceptSurgerySettings", box, values, outputs=wire)

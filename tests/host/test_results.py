@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -326,11 +327,18 @@ def test_an_interrupt_leaves_the_folder_as_it_was(restarted):
     assert failure.value.interrupted and stored_files(host) == before
 
 
-def test_a_damaged_file_is_trained_again(restarted):
-    host, _ = restarted
-    (path,) = (host.work / "user" / "concept_surgery" / "results").iterdir()
-    path.write_bytes(path.read_bytes()[:-100])
-    host.free()  # or the result would come out of the host's cache
-    assert queue(host, "repaired").trained
+def test_a_damaged_file_is_made_again(restarted):
+    """From what its run left beside it, which spares the training, and without that anew."""
+    host, first = restarted
+    own = host.work / "user" / "concept_surgery"
+    for left, name in ((True, "continued"), (False, "repaired")):
+        if not left:
+            shutil.rmtree(own / "unfinished")
+        (path,) = (own / "results").iterdir()
+        path.write_bytes(path.read_bytes()[:-100])
+        host.free()  # or the result would come out of the host's cache
+        run = queue(host, name)
+        assert run.trained is not left and ("earlier run" in run.report) is left
+        assert Erasure.load(run.file).identity == Erasure.load(first.file).identity
     host.free()
     assert not queue(host, "reused").trained
