@@ -286,9 +286,11 @@ class Workflow:
         return number
 
     def _link(self, source: tuple[int, int], target: tuple[int, int], type_: str) -> int:
+        output = self.nodes[source[0] - 1]["outputs"][source[1]]
         number = len(self.links) + 1
-        self.links.append([number, *source, *target, type_])
-        self.nodes[source[0] - 1]["outputs"][source[1]]["links"].append(number)
+        kind = output["type"] if type_ == "*" else type_  # what takes anything
+        self.links.append([number, *source, *target, kind])
+        output["links"].append(number)
         return number
 
     def group(self, title: str, box: tuple[int, int, int, int], colour: str = "#3f789e") -> None:
