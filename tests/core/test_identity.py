@@ -86,6 +86,7 @@ def test_every_setting_counts(name):
         "warm_start": False,
         "stop_below": 0.1,
         "resolution": 256,
+        "keep_room": 0.1,
     }
     new = others[name] if name in others else getattr(asked, name) + 1
     changed = dataclasses.replace(asked, **{name: new})

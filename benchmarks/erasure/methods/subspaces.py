@@ -79,7 +79,10 @@ def train(denoiser: Denoiser, case: Case, seed: int, settings: Mapping[str, Any]
 
 
 def _nothing_exact(
-    edits: Sequence[Tensor], required: Sequence[Tensor], keep: Sequence[tuple[str, Tensor]]
+    edits: Sequence[Tensor],
+    required: Sequence[Tensor],
+    keep: Sequence[tuple[str, Tensor]],
+    room: float,
 ) -> ExactSet:
     """Keep prompts go to the ridge; the null prompt is held by what captions share with it."""
     nothing = torch.zeros(edits[0].shape[1], 0, dtype=torch.float64)
