@@ -205,7 +205,7 @@ def test_the_reports_node_shows_its_verdict_and_chart_and_runs_no_script(
     browser.run("""(() => {
         const shown = app.graph.getNodeById(4).widgets.find((w) => w.name === "previewMode")
         if (shown) { shown.value = true; shown.callback?.(true) }
-    }})()""")
+    })()""")
     assert browser.run("document.querySelectorAll('a[href*=elsewhere], img[src=x]').length") == 0
     assert not browser.run("window.harmed")
 
