@@ -276,7 +276,7 @@ class Call:
         """What the network says of other pictures, float32.
 
         Args:
-            x: (n, \*:attr:`shape`), as the network takes it.
+            x: (n, *shape), as the network takes it.
             time: (n,), the scheduler's.
             prompts: one for each picture.
         """

@@ -202,6 +202,7 @@ IS_ON_SCREEN = """(() => {
 })()"""
 
 
+@pytest.mark.skipif(not ALL, reason="takes half a minute; set TEMPLATES=1")
 def test_five_clicks_lead_from_an_empty_page_to_the_sheet(server):
     """As a new user does it whose checkpoint is another than the template's."""
     for name in ("Comfy.TutorialCompleted", "Comfy.VueNodes.Enabled"):
