@@ -63,7 +63,10 @@ def _keys_by_rule(model, layers: str | None = None) -> dict[str, str]:
 
 
 def _matrix_keys(model) -> dict[str, str]:
-    """Host keys of all matrices by the kohya name that the model's family has for them."""
+    """Host keys of all matrices by the kohya name that the model's family has for them.
+
+    In the order of the names: the host's own is another in every process, as it lists a set.
+    """
     weights, family = model.model.state_dict(), model_family(model)
     keys = {
         name: key
@@ -72,7 +75,7 @@ def _matrix_keys(model) -> dict[str, str]:
     }
     # A host may know several names for one matrix; the first is the one made from its key.
     first = {key: name for name, key in reversed(keys.items())}
-    return {name: key for key, name in reversed(first.items())}
+    return {name: key for name, key in sorted((name, key) for key, name in first.items())}
 
 
 def known_matrices(model) -> dict[str, Tensor]:

@@ -186,8 +186,8 @@ class SurgeryTrainer:
         self._kept_states = kept_states if kept_states else None
         kept = torch.arange(len(kept_states) if kept_states else 0)
         self._kept_draws = draws([kept], settings.batch, settings.seed)
-        groups = self._optimiser.param_groups
-        self._values = [tensor for group in groups for tensor in group["params"]]
+        self._trained = trained_values(self.edit)
+        self._values = list(self._trained.values())
         self._good: list[Tensor] | None = None  # the values when the loss was last seen finite
         self.fit = Fit()
         self._estimate: dict[str, int] = {}
@@ -460,9 +460,9 @@ class SurgeryTrainer:
         groups = {"value": self._values, "good": self._good or []}
         groups |= {name: [m[name] for m in moments if m] for name in ("exp_avg", "exp_avg_sq")}
         tensors = {
-            f"{name}.{number}": tensor.detach().cpu().clone()
-            for name, members in groups.items()
-            for number, tensor in enumerate(members)
+            f"{group}.{name}": tensor.detach().cpu().clone()
+            for group, members in groups.items()
+            for name, tensor in zip(self._trained, members, strict=False)  # none before a step
         }
         values = {
             "steps": self._steps_done,
@@ -485,10 +485,11 @@ class SurgeryTrainer:
         Returns:
             False for a state of other values; then nothing has changed.
         """
-        count, names = len(self._values), ("value", "good", "exp_avg", "exp_avg_sq")
+        names = ("value", "good", "exp_avg", "exp_avg_sq")
         shapes = [value.shape for value in self._values]
         try:
-            kept = {name: [part.tensors[f"{name}.{n}"] for n in range(count)] for name in names}
+            # By name: hosts list a network's matrices in another order in every process.
+            kept = {name: [part.tensors[f"{name}.{n}"] for n in self._trained] for name in names}
             done, ran_out = int(part.values["steps"]), int(part.values["ran_out"])
             fit = Fit(int(part.values["parts"]), bool(part.values["checkpointing"]))
             loss_scale, estimate = float(part.values["loss_scale"]), dict(part.values["estimate"])
@@ -560,20 +561,22 @@ def _trainable(start: LowRankEdit, device: torch.device, bases_too: bool) -> Low
     return LowRankEdit(bases, {name: b.requires_grad_() for name, b in start.factors.items()})
 
 
+def trained_values(edit: LowRankEdit) -> dict[str, Tensor]:
+    """What trains of an edit: B of each matrix and, in the soft form, its R, by name."""
+    trained = {f"B.{name}": factor for name, factor in edit.factors.items()}
+    return trained | {f"R.{n}": basis for n, basis in edit.bases.items() if basis.requires_grad}
+
+
 def _optimiser(
     edit: LowRankEdit, matrices: Mapping[str, Tensor], settings: EraseSettings
 ) -> torch.optim.Adam:
     """Adam whose step is a fixed share of each matrix's own size, so one rate fits all models."""
     rate = settings.learning_rate
-    groups = [
-        {"params": [b], "lr": rate * _root_mean_square(matrices[name])}
-        for name, b in edit.factors.items()
-    ]
-    groups += [
-        {"params": [basis], "lr": rate * _root_mean_square(basis.detach())}
-        for basis in edit.bases.values()
-        if basis.requires_grad
-    ]
+    groups = []
+    for name, value in trained_values(edit).items():
+        kind, _, matrix = name.partition(".")
+        size = _root_mean_square(matrices[matrix] if kind == "B" else value.detach())
+        groups.append({"params": [value], "lr": rate * size})
     return torch.optim.Adam(groups, betas=(0.9, 0.99))
 
 

@@ -92,6 +92,32 @@ def test_who_is_interrupted_anywhere_goes_on_to_the_same_bit(form, tmp_path):
     assert place > stages * 0.8
 
 
+class OtherOrder(ToyDenoiser):
+    """Lists its matrices from the last to the first, as a host may in another process."""
+
+    @property
+    def ways(self):
+        return {way: list(reversed(names)) for way, names in super().ways.items()}
+
+    def matrices(self):
+        return dict(reversed(super().matrices().items()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_host_that_lists_its_matrices_in_another_order_goes_on_as_well(form, monkeypatch):
+    whole, meter = run(**FORMS[form])
+    parts = {}
+    cancelled(parts, meter.seen.index("Training, step 8 of 12"), **FORMS[form])
+    monkeypatch.setitem(globals(), "ToyDenoiser", OtherOrder)
+    again, meter = run(parts, **FORMS[form])
+    assert meter.resumed_at == 7 and len(whole.factors) > 1
+    assert list(again.factors) != list(whole.factors)
+    for name, factor in whole.factors.items():
+        change = factor @ whole.bases[name].T
+        apart = again.factors[name] @ again.bases[name].T - change
+        assert float(apart.norm() / change.norm()) < 1e-5, name
+
+
 def test_the_trial_and_what_moved_are_not_done_twice(monkeypatch):
     monkeypatch.setattr(training, "AIM", 2.0)
     monkeypatch.setattr(training, "LEAST_GAIN", -9.0)

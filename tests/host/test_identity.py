@@ -29,6 +29,13 @@ def load(path):
         return comfy.sd.load_checkpoint_guess_config(str(path))[:2]
 
 
+def test_matrices_are_listed_in_one_order_in_every_process(checkpoint):
+    """The host's own order is that of a set, and random numbers are drawn in it."""
+    for layers in (None, "cross-attention"):
+        names = list(trained_keys(load(checkpoint)[0], layers))
+        assert len(names) > 2 and names == sorted(names)
+
+
 def identity(model) -> str:
     return model_identity(model, trained_keys(model).values())
 
