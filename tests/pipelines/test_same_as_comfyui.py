@@ -66,7 +66,10 @@ def _through_diffusers(pipe):
     meter, began = Meter(), time.process_time()
     erasure = erase(pipe, "cat", "dog", meter=meter, **CHOSEN)
     seconds = time.process_time() - began
-    sigmas = PipelineDenoiser(pipe, SIZE).sigmas(STEPS)[:-1].tolist()
+    # With the 0 at the end: the scheduler leaves out the step of the last one that it is given.
+    sigmas = PipelineDenoiser(pipe, SIZE).sigmas(STEPS).tolist()
+    # ComfyUI begins with noise of size sqrt(sigma^2 + 1), the pipeline's scheduler of size sigma.
+    latents = _noise() * (1 + sigmas[0] ** -2) ** 0.5
     with erasure.applied(pipe):
         pictures = [
             pipe(
@@ -76,7 +79,7 @@ def _through_diffusers(pipe):
                 guidance_scale=SCALE,
                 height=SIZE,
                 width=SIZE,
-                latents=_noise(),
+                latents=latents,
                 output_type="pt",
             )
             .images[0]
