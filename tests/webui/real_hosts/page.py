@@ -28,7 +28,8 @@ window.cs = {
   },
   tab: (name) => {
     const all = [...cs.root().querySelectorAll('#tabs > .tab-nav button')];
-    all.find((one) => one.textContent.trim() === name).click();
+    const same = (one) => one.textContent.trim().toLowerCase() === name.toLowerCase();
+    all.find(same).click();  // some write it with a capital
     return true;
   },
   unfold: (css) => { cs.find(css + ' .label-wrap').click(); return true; },

@@ -236,6 +236,8 @@ class WebuiHost:
 
     def _command(self) -> list[str]:
         where = ("--data-dir", str(self.work), "--port", str(self._port))
+        # Its own scripts for the page: Gradio 4 serves them from the data directory alone.
+        where += ("--gradio-allowed-path", str(self.folder))
         only_api = () if self.browser else ("--nowebui",)
         # Without a name the API alone listens on every address.
         parts = (*_ALWAYS, *_CPU[self.kind], *where, "--server-name", "127.0.0.1", *only_api)
