@@ -43,7 +43,7 @@ def encode_null(clip) -> Encoded:
 
 
 def encode_prompts(
-    clip, prompts: Sequence[str], together: bool = False, pooled: bool = False
+    clip, prompts: Sequence[str], together: bool = False, pooled: bool = False, extras: bool = False
 ) -> list[Encoded]:
     """The embeddings of each prompt, float32 on the CPU.
 
@@ -52,29 +52,56 @@ def encode_prompts(
 
     Args:
         pooled: whether the pooled vector goes along with the tokens.
+        extras: whether what else the encoder gives does.
     """
     tokens = [clip.tokenize(prompt) for prompt in prompts]
-    if not together or len(prompts) < 2:
-        return [_encode_tokens(clip, one, pooled) for one in tokens]
+    if not together or len(prompts) < 2 or (extras and not _alike(tokens)):
+        return [_encode_tokens(clip, one, pooled, extras) for one in tokens]
     merged = {name: [section for one in tokens for section in one[name]] for name in tokens[0]}
-    rows = _encode_tokens(clip, merged, pooled=False).tokens
+    every = _encode_tokens(clip, merged, False, extras)
     first = next(iter(merged))
-    length = rows.shape[0] // len(merged[first])
-    parts = rows.split([len(one[first]) * length for one in tokens])
+    length = every.tokens.shape[0] // len(merged[first])
+    if extras and (every.extras or length != len(merged[first][0])):
+        # What was cut off or given beside the rows was so for the batch, not for each prompt.
+        return [_encode_tokens(clip, one, pooled, extras) for one in tokens]
+    parts = every.tokens.split([len(one[first]) * length for one in tokens])
     return [Encoded(part) for part in parts]
 
 
-def _encode_tokens(clip, tokens: Mapping[str, Any], pooled: bool | None) -> Encoded:
+def _alike(tokens: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all prompts are sections of one length, as encoders that pad have them."""
+    return len({len(part) for one in tokens for part in one[next(iter(one))]}) == 1
+
+
+def _encode_tokens(
+    clip, tokens: Mapping[str, Any], pooled: bool | None, extras: bool = False
+) -> Encoded:
     """With the pooled vector or without; None is with it if there is one."""
     comfy.model_management.throw_exception_if_processing_interrupted()
+    more: dict[str, Any] = {}
     # The encoder's weights are inference tensors: run it as the host does, copy what comes out.
     with torch.inference_mode():
-        rows, vector = clip.encode_from_tokens(tokens, return_pooled=True)
+        if extras:
+            more = dict(clip.encode_from_tokens(tokens, return_dict=True))
+            rows, vector = more.pop("cond"), more.pop("pooled_output", None)
+        else:
+            rows, vector = clip.encode_from_tokens(tokens, return_pooled=True)
     if pooled and vector is None:
         raise UnsupportedModelError(
             "The connected text encoder gives no pooled vector, which this model needs. Connect "
             "the CLIP that belongs to the model."
         )
     with_vector = vector is not None if pooled is None else pooled
-    kept = [rows, vector] if with_vector else [rows]
-    return Encoded(*(part[0].float().cpu().clone() for part in kept))
+    given = {name: _kept(value) for name, value in more.items() if not says_nothing(name, value)}
+    own = [part[0].float().cpu().clone() for part in ((rows, vector) if with_vector else (rows,))]
+    return Encoded(own[0], own[1] if with_vector else None, given)
+
+
+def _kept(value: Any) -> Any:
+    """A copy of what the encoder gives, on the CPU; other things than tensors as they are."""
+    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+
+
+def says_nothing(name: str, value: Any) -> bool:
+    """Whether the model is the same without it: nothing at all, or a mask that masks nothing."""
+    return value is None or (name == "attention_mask" and bool(value.all()))
