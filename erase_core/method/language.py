@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..files.digest import Digest
 from ..model.denoiser import Denoiser
-from ..model.prompt import TOKENS, Encoded
+from ..model.prompt import POOLED, TOKENS, Encoded
 from ..version import VERSION
 from .alignment import word_span
 from .reading import (
@@ -293,7 +293,9 @@ def _mean_moment(
     total = torch.zeros(())
     for start in range(0, len(prompts), ENCODE_BATCH):
         batch = prompts[start : start + ENCODE_BATCH]
-        encoded = denoiser.encode(batch, together=way == TOKENS)
+        encoded = denoiser.encode(batch, together=True)
+        if way == POOLED and any(prompt.pooled is None for prompt in encoded):
+            encoded = denoiser.encode(batch)
         for text, prompt in zip(batch, encoded, strict=True):
             each(text, prompt)
         rows = [prompt.rows(way) for prompt in encoded]
