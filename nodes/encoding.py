@@ -7,8 +7,10 @@ from typing import Any
 
 import comfy.model_management
 import torch
+from torch import Tensor
 
 from ..erase_core.model.prompt import Encoded
+from .batches import BatchEncoder, Tokens
 from .families import UnsupportedModelError
 
 
@@ -43,34 +45,25 @@ def encode_null(clip) -> Encoded:
 
 
 def encode_prompts(
-    clip, prompts: Sequence[str], together: bool = False, pooled: bool = False, extras: bool = False
+    clip, prompts: Sequence[str], pooled: bool = False, extras: bool = False
 ) -> list[Encoded]:
-    """The embeddings of each prompt, float32 on the CPU.
-
-    The host encodes a long prompt as sections side by side in one batch; ``together`` uses that
-    for many prompts at once, and leaves out the pooled vectors, of which a batch has only one.
+    """The embeddings of each prompt, one by one, float32 on the CPU.
 
     Args:
         pooled: whether the pooled vector goes along with the tokens.
         extras: whether what else the encoder gives does.
     """
-    tokens = [clip.tokenize(prompt) for prompt in prompts]
-    if not together or len(prompts) < 2 or (extras and not _alike(tokens)):
-        return [_encode_tokens(clip, one, pooled, extras) for one in tokens]
-    merged = {name: [section for one in tokens for section in one[name]] for name in tokens[0]}
-    every = _encode_tokens(clip, merged, False, extras)
-    first = next(iter(merged))
-    length = every.tokens.shape[0] // len(merged[first])
-    if extras and (every.extras or length != len(merged[first][0])):
-        # What was cut off or given beside the rows was so for the batch, not for each prompt.
-        return [_encode_tokens(clip, one, pooled, extras) for one in tokens]
-    parts = every.tokens.split([len(one[first]) * length for one in tokens])
-    return [Encoded(part) for part in parts]
+    return [_encode_tokens(clip, clip.tokenize(prompt), pooled, extras) for prompt in prompts]
 
 
-def _alike(tokens: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether all prompts are sections of one length, as encoders that pad have them."""
-    return len({len(part) for one in tokens for part in one[next(iter(one))]}) == 1
+def batch_encoder(clip) -> BatchEncoder:
+    """Encodes many prompts at once; rounding may differ from one by one in the last digits."""
+
+    def encode(tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        encoded = _encode_tokens(clip, tokens, pooled=None)
+        return encoded.tokens, encoded.pooled
+
+    return BatchEncoder(clip, encode)
 
 
 def _encode_tokens(

@@ -27,7 +27,8 @@ from ..erase_core.model.prompt import Encoded, stack_pooled, stack_tokens
 from ..erase_core.model.readers import FoundReaders
 from ..erase_core.model.twin import twin_network
 from ..erase_core.settings.layers import FIRST_READERS, MEASURED_RULES
-from .encoding import encode_prompts, refuse_hooks
+from .batches import BatchEncoder
+from .encoding import batch_encoder, encode_prompts, refuse_hooks
 from .exact import WRAPPER_TYPE, is_side_path, side_paths
 from .families import (
     UnsupportedModelError,
@@ -204,10 +205,25 @@ class ComfyDenoiser(Denoiser):
         """See :class:`erase_core.model.denoiser.Denoiser`."""
         return model_identity(self._model, self._keys.values())
 
+    @functools.cached_property
+    def _together(self) -> BatchEncoder:
+        return batch_encoder(self._clip)
+
     def encode(self, prompts: Sequence[str], together: bool = False) -> list[Encoded]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""
+        if together and len(prompts) > 1 and not self._gives_more:
+            found = self._together(prompts)
+            return found if self._family.pooled else [Encoded(one.tokens) for one in found]
         extras = not self._family.readers_known
-        return encode_prompts(self._clip, prompts, together, self._family.pooled, extras)
+        return encode_prompts(self._clip, prompts, self._family.pooled, extras)
+
+    @functools.cached_property
+    def _gives_more(self) -> bool:
+        """Whether what the encoder gives beside embeddings is each prompt's own."""
+        if self._family.readers_known:
+            return False
+        (null,) = encode_prompts(self._clip, [""], extras=True)
+        return bool(null.extras)
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""
