@@ -45,12 +45,12 @@ def encode_null(clip) -> Encoded:
 
 
 def encode_prompts(
-    clip, prompts: Sequence[str], pooled: bool = False, extras: bool = False
+    clip, prompts: Sequence[str], pooled: bool | None = False, extras: bool = False
 ) -> list[Encoded]:
     """The embeddings of each prompt, one by one, float32 on the CPU.
 
     Args:
-        pooled: whether the pooled vector goes along with the tokens.
+        pooled: whether the pooled vector goes along with the tokens; None is if there is one.
         extras: whether what else the encoder gives does.
     """
     return [_encode_tokens(clip, clip.tokenize(prompt), pooled, extras) for prompt in prompts]
@@ -85,7 +85,7 @@ def _encode_tokens(
             "the CLIP that belongs to the model."
         )
     with_vector = vector is not None if pooled is None else pooled
-    given = {name: _kept(value) for name, value in more.items() if not says_nothing(name, value)}
+    given = {name: _kept(value) for name, value in more.items() if value is not None}
     own = [part[0].float().cpu().clone() for part in ((rows, vector) if with_vector else (rows,))]
     return Encoded(own[0], own[1] if with_vector else None, given)
 
@@ -93,8 +93,3 @@ def _encode_tokens(
 def _kept(value: Any) -> Any:
     """A copy of what the encoder gives, on the CPU; other things than tensors as they are."""
     return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
-
-
-def says_nothing(name: str, value: Any) -> bool:
-    """Whether the model is the same without it: nothing at all, or a mask that masks nothing."""
-    return value is None or (name == "attention_mask" and bool(value.all()))

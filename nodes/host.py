@@ -42,7 +42,7 @@ from .identity import model_identity
 from .kinds import refuse_another_kind
 from .matrices import base_fingerprint, editable_keys, trained_keys
 from .packed import like, numbers_of
-from .prompt_readers import NoReadersError, PromptReaders, shapes_of
+from .prompt_readers import MASK, NoReadersError, PromptReaders, shapes_of
 from .tokens import row_ids
 from .vocabulary import vocabulary
 
@@ -156,7 +156,7 @@ class ComfyDenoiser(Denoiser):
                 self._twin.diffusion_model,
                 paths,
                 self._x0_of,
-                self.encode,
+                lambda prompts: encode_prompts(self._clip, prompts, None, extras=True),
                 self._small_latents,
                 height * width,
                 self._rule == FIRST_READERS,
@@ -211,19 +211,46 @@ class ComfyDenoiser(Denoiser):
 
     def encode(self, prompts: Sequence[str], together: bool = False) -> list[Encoded]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""
-        if together and len(prompts) > 1 and not self._gives_more:
+        if self._family.readers_known:
+            if not together or len(prompts) < 2:
+                return encode_prompts(self._clip, prompts, self._family.pooled)
             found = self._together(prompts)
             return found if self._family.pooled else [Encoded(one.tokens) for one in found]
-        extras = not self._family.readers_known
-        return encode_prompts(self._clip, prompts, self._family.pooled, extras)
+        if together and len(prompts) > 1 and self._gives_no_more:
+            found = [self._with_full_mask(one) for one in self._together(prompts)]
+        else:
+            found = encode_prompts(self._clip, prompts, None, extras=True)
+        return found if self._takes_pooled else [one.with_pooled(None) for one in found]
+
+    @property
+    def _takes_pooled(self) -> bool:
+        """Whether the network reads a pooled vector, if the encoder gives one."""
+        if self._rule not in MEASURED_RULES:
+            return self._family.pooled
+        return self._readers.takes_pooled
 
     @functools.cached_property
-    def _gives_more(self) -> bool:
-        """Whether what the encoder gives beside embeddings is each prompt's own."""
-        if self._family.readers_known:
-            return False
-        (null,) = encode_prompts(self._clip, [""], extras=True)
-        return bool(null.extras)
+    def _extras(self) -> list[Mapping[str, Any]]:
+        """What the encoder gives beside embeddings, for a short prompt and a longer one."""
+        probes = encode_prompts(self._clip, ["", "a photo of a cat"], None, extras=True)
+        return [probe.extras for probe in probes]
+
+    @property
+    def _gives_no_more(self) -> bool:
+        """Whether there is nothing of a prompt's own among that: only masks that mask nothing."""
+        return all(
+            name == MASK and bool(value.all())
+            for extras in self._extras
+            for name, value in extras.items()
+        )
+
+    def _with_full_mask(self, prompt: Encoded) -> Encoded:
+        """The prompt with the mask that it has by itself."""
+        if MASK not in self._extras[0]:
+            return prompt
+        like = self._extras[0][MASK]
+        mask = torch.ones(1, len(prompt.tokens), dtype=like.dtype)
+        return Encoded(prompt.tokens, prompt.pooled, {MASK: mask})
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""

@@ -106,6 +106,14 @@ class PromptReaders:
             for way in self._ways
         }
 
+    @cached_property
+    def takes_pooled(self) -> bool:
+        """Whether any layer reads the pooled vector of the text encoder."""
+        firsts = {group.first: self._layers[group.first] for group in self._groups()}
+        found = read_inputs(firsts, self._predicting(self._probes[:1]))
+        self.cost += self._share_of_small
+        return any(_reads_pooled(self._probes[0], value.cpu()) for value in found.values())
+
     def read(self, prompts: Sequence[Encoded]) -> None:
         """Fill in what the network reads of prompts where that isn't what was encoded."""
         new = [p for p in {id(p): p for p in prompts}.values() if not self._is_read(p)]
@@ -308,7 +316,9 @@ class PromptReaders:
         rows = []
         for prompt in (self._null, *self._probes):
             found = read_inputs({"": self._layers[group.first]}, self._predicting([prompt]))[""]
-            rows.append(found.reshape(-1, found.shape[-1]).double().cpu())
+            found = found.reshape(-1, found.shape[-1]).double().cpu()
+            counted = self._counted(prompt)
+            rows.append(found[counted[_places(len(found), len(counted))]])
         self.cost += len(rows) * self._share_of_small
         null, *(first, second) = rows
         change = first - second

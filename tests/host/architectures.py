@@ -40,7 +40,7 @@ from .stand_in_text import (
     with_t5_ids,
 )
 
-WIDTH = 48  # of a text encoder's rows
+WIDTH = 320  # of a text encoder's rows
 POOLED = 32
 
 _IM = "<|im_start|>"
