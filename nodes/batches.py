@@ -73,7 +73,8 @@ class BatchEncoder:
 
     def __call__(self, prompts: Sequence[str]) -> list[Encoded]:
         """Each prompt, with its pooled vector where the batch tells it."""
-        tokens, found = [self._clip.tokenize(prompt) for prompt in prompts], {}
+        tokens = [self._clip.tokenize(prompt) for prompt in prompts]
+        found: dict[int, Encoded] = {}
         for group in _alike(tokens):
             found.update(zip(group, self._group([tokens[i] for i in group]), strict=True))
         return [found[number] for number in range(len(prompts))]
