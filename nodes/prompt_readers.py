@@ -138,10 +138,17 @@ class PromptReaders:
                 value = inputs[way.group.first].float().cpu()
                 parts = list(value.reshape(len(prompts), -1, value.shape[-1]))
             for prompt, rows in zip(prompts, parts, strict=True):
-                counted = self._counted(prompt)
-                places = _places(len(rows), len(counted))
-                kept = counted[places] if len(rows) > 1 else torch.ones(1, dtype=torch.bool)
-                prompt.read[way.name] = Read(rows[kept].clone(), places[kept])
+                prompt.read[way.name] = self._read_of(prompt, rows, way.as_encoded)
+
+    def _read_of(self, prompt: Encoded, rows: Tensor, as_encoded: bool) -> Read:
+        """What is read of a prompt, without what the network doesn't see."""
+        counted = self._counted(prompt)
+        places = _places(len(rows), len(counted))
+        ids = None if as_encoded else _own_ids(prompt, len(rows))
+        if ids is not None or len(rows) == 1 or not len(counted):
+            return Read(rows.clone(), places, ids)
+        kept = counted[places]
+        return Read(rows[kept].clone(), places[kept])
 
     def _inputs(self, prompts: Sequence[Encoded]) -> dict[str, Tensor]:
         """What the first layer of each way is given, of ways that need the network."""
@@ -366,8 +373,24 @@ def shapes_of(prompt: Encoded) -> tuple[Any, ...]:
     return (tuple(prompt.tokens.shape), pooled or 0, *extras)
 
 
+def _own_ids(prompt: Encoded, rows: int) -> tuple[int, ...] | None:
+    """Ids that the network looks up itself, one for each row that it makes of them; None if none.
+
+    It fills the rows up to a number of its own; so are they.
+    """
+    for name, value in sorted(prompt.extras.items()):
+        if name == MASK or not isinstance(value, Tensor) or value.is_floating_point():
+            continue
+        if 0 < value.numel() <= rows:
+            ids = [int(one) for one in value.flatten().tolist()]
+            return (*ids, *[0] * (rows - len(ids)))
+    return None
+
+
 def _places(rows: int, tokens: int) -> Tensor:
     """For each row that a layer reads its token; a token may have several side by side."""
+    if not tokens:
+        return torch.zeros(rows, dtype=torch.long)
     each = rows // tokens if rows % tokens == 0 else 1
     return (torch.arange(rows) // max(1, each)).clamp(max=tokens - 1)
 
