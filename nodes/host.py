@@ -185,6 +185,11 @@ class ComfyDenoiser(Denoiser):
         return self._readers.found if self._rule in MEASURED_RULES else ()
 
     @property
+    def reading_cost(self) -> float:  # type: ignore[override]
+        """See :class:`erase_core.model.denoiser.Denoiser`."""
+        return self._readers.cost_of_reading if self._rule in MEASURED_RULES else 0.0
+
+    @property
     def own_cost(self) -> float:  # type: ignore[override]
         """See :class:`erase_core.model.denoiser.Denoiser`."""
         readers = vars(self).get("_readers")

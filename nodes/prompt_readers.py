@@ -106,6 +106,11 @@ class PromptReaders:
             for way in self._ways
         }
 
+    @property
+    def cost_of_reading(self) -> float:
+        """Of one prompt, in predictions; 0 where the network isn't needed for it."""
+        return 0.0 if all(way.as_encoded for way in self._ways) else self._share_of_reading
+
     @cached_property
     def takes_pooled(self) -> bool:
         """Whether any layer reads the pooled vector of the text encoder."""
