@@ -51,7 +51,7 @@ def align_tokens(
 
 
 def _streams(ids: Sequence[int]) -> list[list[int]]:
-    return [list(part) for _, part in groupby(ids, lambda token: token // STREAM_IDS)]
+    return [list(part) for _, part in groupby(ids, lambda token: token // STREAM_IDS)] or [[]]
 
 
 def _align(erased: Sequence[int], alternative: Sequence[int], null: Sequence[int]) -> list[int]:

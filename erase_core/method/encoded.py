@@ -202,16 +202,27 @@ class _Texts:
 
     def subject(self, text: str) -> Tensor:
         """Rows of a text's last token and of its end, (2, width)."""
-        ids = self._row_ids(text)
-        _, end = word_span(ids, self._row_ids(""))
         rows, places = self.rows(text), self.encoded[text].places(TOKENS)
+        own = self._own_ids(TOKENS, text, "")
+        ids, null = own or (self._row_ids(text), self._row_ids(""))
+        places = list(range(len(rows))) if own else places
+        _, end = word_span(ids, null)
         return rows[[first_at(places, min(place, len(ids) - 1)) for place in (end - 1, end)]]
 
     def roles(self, text: str, other: str, way: str = TOKENS) -> list[int]:
         """For each row of a text that enters on a way, the row of the other that plays its part."""
+        own_ids = self._own_ids(way, text, other, "")
+        if own_ids:
+            return align_tokens(*own_ids)
         roles = align_tokens(*(self._row_ids(one) for one in (text, other, "")))
         own, its = (self.encoded[one].places(way) for one in (text, other))
         return rows_at(own, its, roles)
+
+    def _own_ids(self, way: str, *texts: str) -> list[list[int]]:
+        """Ids of the rows that enter on a way, where they aren't the encoder's; else []."""
+        found = [self.encoded[text].read.get(way) for text in texts]
+        ids = [list(one.ids) for one in found if one and one.ids]
+        return ids if len(ids) == len(texts) else []
 
     def _row_ids(self, text: str) -> list[int]:
         """The ids of the rows that the encoder gives: it may keep some tokens to itself."""

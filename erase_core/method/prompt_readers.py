@@ -110,6 +110,11 @@ class PromptReaders:
             for way in self._ways
         }
 
+    @property
+    def cost_of_reading(self) -> float:
+        """Of one prompt, in predictions; 0 where the network isn't needed for it."""
+        return 0.0 if all(way.as_encoded for way in self._ways) else self._share_of_reading
+
     @cached_property
     def takes_pooled(self) -> bool:
         """Whether any layer reads the pooled vector of the text encoder."""
@@ -142,10 +147,17 @@ class PromptReaders:
                 value = inputs[way.group.first].float().cpu()
                 parts = list(value.reshape(len(prompts), -1, value.shape[-1]))
             for prompt, rows in zip(prompts, parts, strict=True):
-                counted = self._counted(prompt)
-                places = _places(len(rows), len(counted))
-                kept = counted[places] if len(rows) > 1 else torch.ones(1, dtype=torch.bool)
-                prompt.read[way.name] = Read(rows[kept].clone(), places[kept])
+                prompt.read[way.name] = self._read_of(prompt, rows, way.as_encoded)
+
+    def _read_of(self, prompt: Encoded, rows: Tensor, as_encoded: bool) -> Read:
+        """What is read of a prompt, without what the network doesn't see."""
+        counted = self._counted(prompt)
+        places = _places(len(rows), len(counted))
+        ids = None if as_encoded else _own_ids(prompt, len(rows))
+        if ids is not None or len(rows) == 1 or not len(counted):
+            return Read(rows.clone(), places, ids)
+        kept = counted[places]
+        return Read(rows[kept].clone(), places[kept])
 
     def _inputs(self, prompts: Sequence[Encoded]) -> dict[str, Tensor]:
         """What the first layer of each way is given, of ways that need the network."""
@@ -404,6 +416,11 @@ class ReadingDenoiser(Denoiser):
         return self._prompt_readers.found if self._measured else ()
 
     @property
+    def reading_cost(self) -> float:  # type: ignore[override]
+        """See :class:`Denoiser`."""
+        return self._prompt_readers.cost_of_reading if self._measured else 0.0
+
+    @property
     def own_cost(self) -> float:  # type: ignore[override]
         """See :class:`Denoiser`."""
         readers = vars(self).get("_prompt_readers")
@@ -430,8 +447,24 @@ def shapes_of(prompt: Encoded) -> tuple[Any, ...]:
     return (tuple(prompt.tokens.shape), pooled or 0, *extras)
 
 
+def _own_ids(prompt: Encoded, rows: int) -> tuple[int, ...] | None:
+    """Ids that the network looks up itself, one for each row that it makes of them; None if none.
+
+    It fills the rows up to a number of its own; so are they.
+    """
+    for name, value in sorted(prompt.extras.items()):
+        if name == MASK or not isinstance(value, Tensor) or value.is_floating_point():
+            continue
+        if 0 < value.numel() <= rows:
+            ids = [int(one) for one in value.flatten().tolist()]
+            return (*ids, *[0] * (rows - len(ids)))
+    return None
+
+
 def _places(rows: int, tokens: int) -> Tensor:
     """For each row that a layer reads its token; a token may have several side by side."""
+    if not tokens:
+        return torch.zeros(rows, dtype=torch.long)
     each = rows // tokens if rows % tokens == 0 else 1
     return (torch.arange(rows) // max(1, each)).clamp(max=tokens - 1)
 

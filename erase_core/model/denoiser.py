@@ -39,6 +39,7 @@ class Denoiser(ABC):
         dtype: the precision they are computed in.
         own_cost: what it spent by itself on finding out what reads the prompt, and what of it, in
             forward-equivalents.
+        reading_cost: forward-equivalents of having the network read one prompt, see :meth:`read`.
         found_readers: the groups of layers that it found to read the prompt alone, for the record;
             empty where they are known by name.
     """
@@ -47,6 +48,7 @@ class Denoiser(ABC):
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
     own_cost: float = 0.0
+    reading_cost: float = 0.0
     found_readers: Sequence[FoundReaders] = ()
 
     @abstractmethod

@@ -21,10 +21,12 @@ class Read:
     Attributes:
         rows: (rows, size).
         places: for each of them the row of the token embeddings that it stands for, (rows,).
+        ids: token ids of the rows, where they are of another tokenizer than the embeddings.
     """
 
     rows: Tensor
     places: Tensor
+    ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

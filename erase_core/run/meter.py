@@ -360,6 +360,10 @@ class MeteredDenoiser(Denoiser):
     def found_readers(self) -> Sequence[FoundReaders]:  # type: ignore[override]
         return self._denoiser.found_readers
 
+    @property
+    def reading_cost(self) -> float:  # type: ignore[override]
+        return self._denoiser.reading_cost
+
     def read(self, prompts: Sequence[Encoded]) -> None:
         self._denoiser.read(prompts)
         self._count_own()

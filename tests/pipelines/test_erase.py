@@ -200,7 +200,7 @@ def _check_family(name, tokenizers, tmp_path, **settings):
         assert record["family"] == name and "readers" not in record
     else:  # what reads the prompt was found by predictions
         assert any(row["edited"] for row in record["readers"])
-        assert {one["exact"] for one in record["keep_prompts"]} == {True}
+        assert {one["exact"] for one in record["measures"]["kept"]} == {True}
     erasure.save(path)
     assert Erasure.load(path).identity == erasure.identity
     plain = latents(pipe)
