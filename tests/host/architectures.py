@@ -41,7 +41,7 @@ from .stand_in_text import (
 )
 
 MATRIX = 2  # dimensions of one
-WIDTH = 48  # of a text encoder's rows
+WIDTH = 336  # of a text encoder's rows; more than most have tokens, as in the real ones
 POOLED = 32
 
 _IM = "<|im_start|>"
@@ -209,9 +209,19 @@ ARCHITECTURES: dict[str, Architecture] = {
             "vec_in_dim": None,
             "guidance_embed": False,
             "txt_ids_dims": [1, 2],
+            "context_in_dim": 2 * WIDTH,  # more than there are tokens, as in the real one
         },
         Text(
-            (_chat("qwen25_7b", least=512, padded_inside=True, drop_after=True, empty="<space>"),)
+            (
+                _chat(
+                    "qwen25_7b",
+                    width=2 * WIDTH,
+                    least=512,
+                    padded_inside=True,
+                    drop_after=True,
+                    empty="<space>",
+                ),
+            )
         ),
         ("txt_in",),
         fed=("txt_in", "txt_attn"),

@@ -204,7 +204,7 @@ _TRANSFORMERS = {
         {
             "image_model": "wan2.1",
             "model_type": "t2v",
-            "dim": 128,
+            "dim": 512,  # wide enough that a null prompt of 77 tokens leaves room
             "ffn_dim": 256,
             "text_dim": _TEXT,
             "num_heads": 4,

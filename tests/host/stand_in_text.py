@@ -57,7 +57,7 @@ class Stream:
     """
 
     name: str
-    width: int = 48
+    width: int = 336
     layers: int = 1
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
