@@ -46,7 +46,7 @@ from .families import (
 from .identity import model_identity
 from .kinds import refuse_another_kind
 from .matrices import base_fingerprint, editable_keys, trained_keys
-from .packed import like, numbers_of
+from .packed import compute_with_numbers, like, numbers_of
 from .tokens import row_ids
 from .vocabulary import vocabulary
 
@@ -449,6 +449,7 @@ def twin_of(model) -> Any:
     twin._modules = dict(base._modules)
     # Functions that patch streamed weights hold the host's patches; share, don't copy.
     twin.diffusion_model = twin_network(base.diffusion_model, _functions_on_weights, like)
+    compute_with_numbers(twin.diffusion_model)
     twin.model_sampling = model.get_model_object("model_sampling")
     twin.current_patcher = None
     return twin

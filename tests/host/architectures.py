@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ from .stand_in_text import (
     with_t5_ids,
 )
 
+MATRIX = 2  # dimensions of one
 WIDTH = 336  # of a text encoder's rows; more than most have tokens, as in the real ones
 POOLED = 32
 
@@ -653,25 +654,54 @@ ARCHITECTURES: dict[str, Architecture] = {
 _NEWER = {"txt_ids_dims": [], "vec_in_dim": None, "meanflow_sum": False}
 
 
-def build(name: str, dtype: torch.dtype = torch.float32):
+def build(name: str):
     """MODEL and CLIP of an architecture.
 
     Args:
         name: a key of :data:`ARCHITECTURES`.
     """
     entry = ARCHITECTURES[name]
+    with torch.inference_mode():
+        inner = _network(entry)
+        if name == "Anima":
+            inner.diffusion_model.llm_adapter = _small_adapter()
+        filled(inner.diffusion_model, lambda weight: _gain(entry, weight))
+    return _patcher(inner), StandInClip(entry.text)
+
+
+def build_packed(name: str, pack: Callable[[Tensor], Mapping[str, Tensor]], widths: int):
+    """The same with matrices packed as in the host's own packed files.
+
+    Args:
+        pack: what stands in a file for a matrix (out, width), by what follows the layer's name.
+        widths: matrices are packed whose width is a multiple of this.
+    """
+    entry, (plain, clip) = ARCHITECTURES[name], build(name)
+    state: dict[str, Tensor] = {}
+    for key, weight in plain.model.diffusion_model.state_dict().items():
+        layer, _, kind = key.rpartition(".")
+        if kind == "weight" and weight.ndim == MATRIX and weight.shape[1] % widths == 0:
+            state |= {f"{layer}.{part}": value for part, value in pack(weight).items()}
+        else:
+            state[key] = weight
+    with torch.inference_mode():
+        inner = _network(entry, quant_config={"mixed_ops": True})
+        inner.load_model_weights(state, "")
+    return _patcher(inner), clip
+
+
+def _network(entry: Architecture, **said: Any):
+    config = getattr(comfy.supported_models, entry.config)(_accepted(entry))
+    config.unet_config |= _accepted(entry)  # some put what the real one has over it
+    vars(config).update(said)
+    config.set_inference_dtype(torch.float32, torch.float32 if said else None)
+    return config.get_model({}, "", comfy.model_management.unet_offload_device())
+
+
+def _patcher(inner):
     management = comfy.model_management
     device, offload = management.get_torch_device(), management.unet_offload_device()
-    with torch.inference_mode():
-        config = getattr(comfy.supported_models, entry.config)(_accepted(entry))
-        config.unet_config |= _accepted(entry)  # some put what the real one has over it
-        config.set_inference_dtype(dtype, None)
-        inner = config.get_model({}, "", offload)
-        if name == "Anima":
-            inner.diffusion_model.llm_adapter = _small_adapter(dtype)
-        model = comfy.model_patcher.ModelPatcher(inner, device, offload)
-        filled(inner.diffusion_model, lambda weight: _gain(entry, weight))
-    return model, StandInClip(entry.text)
+    return comfy.model_patcher.ModelPatcher(inner, device, offload)
 
 
 def _accepted(entry: Architecture) -> dict[str, Any]:
@@ -691,12 +721,12 @@ def _gain(entry: Architecture, name: str) -> float:
     return (given or [2.0 if any(part in name for part in entry.fed) else 1.0])[0]
 
 
-def _small_adapter(dtype: torch.dtype) -> nn.Module:
+def _small_adapter() -> nn.Module:
     """The host builds Anima's at its full width, 0.2 billion numbers."""
     from comfy.ldm.anima.model import LLMAdapter
     from comfy.ops import disable_weight_init
 
-    given = {"device": "cpu", "dtype": dtype, "operations": disable_weight_init}
+    given = {"device": "cpu", "dtype": torch.float32, "operations": disable_weight_init}
     return LLMAdapter(WIDTH, WIDTH, WIDTH, num_layers=2, num_heads=3, **given)
 
 
