@@ -7,8 +7,6 @@ import subprocess
 
 import numpy as np
 
-from tools.environment import ROOT
-
 from .conftest import new_host
 from .webui_host import EXTENSION
 
