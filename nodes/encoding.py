@@ -7,8 +7,10 @@ from typing import Any
 
 import comfy.model_management
 import torch
+from torch import Tensor
 
 from ..erase_core.model.prompt import Encoded
+from .batches import BatchEncoder, Tokens
 from .families import UnsupportedModelError
 
 
@@ -42,26 +44,23 @@ def encode_null(clip) -> Encoded:
     return _encode_tokens(clip, clip.tokenize(""), pooled=None)
 
 
-def encode_prompts(
-    clip, prompts: Sequence[str], together: bool = False, pooled: bool = False
-) -> list[Encoded]:
-    """The embeddings of each prompt, float32 on the CPU.
-
-    The host encodes a long prompt as sections side by side in one batch; ``together`` uses that
-    for many prompts at once, and leaves out the pooled vectors, of which a batch has only one.
+def encode_prompts(clip, prompts: Sequence[str], pooled: bool = False) -> list[Encoded]:
+    """The embeddings of each prompt, one by one, float32 on the CPU.
 
     Args:
         pooled: whether the pooled vector goes along with the tokens.
     """
-    tokens = [clip.tokenize(prompt) for prompt in prompts]
-    if not together or len(prompts) < 2:
-        return [_encode_tokens(clip, one, pooled) for one in tokens]
-    merged = {name: [section for one in tokens for section in one[name]] for name in tokens[0]}
-    rows = _encode_tokens(clip, merged, pooled=False).tokens
-    first = next(iter(merged))
-    length = rows.shape[0] // len(merged[first])
-    parts = rows.split([len(one[first]) * length for one in tokens])
-    return [Encoded(part) for part in parts]
+    return [_encode_tokens(clip, clip.tokenize(prompt), pooled) for prompt in prompts]
+
+
+def batch_encoder(clip) -> BatchEncoder:
+    """Encodes many prompts at once; rounding may differ from one by one in the last digits."""
+
+    def encode(tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        encoded = _encode_tokens(clip, tokens, pooled=None)
+        return encoded.tokens, encoded.pooled
+
+    return BatchEncoder(clip, encode)
 
 
 def _encode_tokens(clip, tokens: Mapping[str, Any], pooled: bool | None) -> Encoded:

@@ -25,7 +25,8 @@ from ..erase_core.model.low_rank import LowRankEdit, LowRankSidePath
 from ..erase_core.model.out_of_place import OutOfPlace
 from ..erase_core.model.prompt import Encoded, stack_pooled, stack_tokens
 from ..erase_core.model.twin import twin_network
-from .encoding import encode_prompts, refuse_hooks
+from .batches import BatchEncoder
+from .encoding import batch_encoder, encode_prompts, refuse_hooks
 from .exact import WRAPPER_TYPE, is_side_path, side_paths
 from .families import (
     UnsupportedModelError,
@@ -131,9 +132,16 @@ class ComfyDenoiser(Denoiser):
         """See :class:`erase_core.model.denoiser.Denoiser`."""
         return model_identity(self._model, self._keys.values())
 
+    @functools.cached_property
+    def _together(self) -> BatchEncoder:
+        return batch_encoder(self._clip)
+
     def encode(self, prompts: Sequence[str], together: bool = False) -> list[Encoded]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""
-        return encode_prompts(self._clip, prompts, together, self._family.pooled)
+        if together and len(prompts) > 1:
+            found = self._together(prompts)
+            return found if self._family.pooled else [Encoded(one.tokens) for one in found]
+        return encode_prompts(self._clip, prompts, self._family.pooled)
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""

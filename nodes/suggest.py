@@ -16,7 +16,7 @@ from ..erase_core.model.prompt import Encoded
 from ..erase_core.settings.families import FLUX, SD3, SDXL
 from ..erase_core.settings.texts import Concept, parse_concepts
 from ..erase_core.settings.widgets import check_choice
-from .encoding import encode_null, encode_prompts
+from .encoding import batch_encoder, encode_null, encode_prompts
 from .kinds import MATRIX
 from .messages import id_of, preview, show_progress_text, shown
 from .refusals import refusal
@@ -82,10 +82,11 @@ class ClipReader:
 
     def __init__(self, clip: Any) -> None:
         self._clip, self._streams = clip, _streams_of(clip)
+        self._together = batch_encoder(clip)
 
     def encode(self, prompts: Sequence[str], together: bool = False) -> list[Encoded]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""
-        return encode_prompts(self._clip, prompts, together)
+        return self._together(prompts) if together else encode_prompts(self._clip, prompts)
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""

@@ -47,8 +47,8 @@ class Denoiser(ABC):
         """The embeddings of each prompt.
 
         Prompts are encoded one by one, exactly as the host will when it samples;
-        ``together`` allows batches without pooled vectors, whose rounding may differ in the last
-        digits.
+        ``together`` allows batches, whose rounding may differ in the last digits; where the host
+        can't tell the pooled vectors of a batch, they are left out.
         """
 
     @abstractmethod

@@ -25,8 +25,8 @@ from .plan import UNNAMED_PROMPTS
 
 # How many plain captions are held like keep prompts where there is no ridge.
 PLAIN_CAPTIONS = 8
-# Prompts of ordinary language that are read on other ways than that of the tokens. They are
-# encoded one by one, as hosts give the pooled vector of one prompt only.
+# Prompts of ordinary language that are read on other ways than that of the tokens: few, since some
+# hosts give the pooled vector of one prompt only.
 OTHER_PROMPTS = 256
 # How far their second moment is drawn towards one that protects all directions alike: farther than
 # that of tokens, as the prompts are few beside the size of a pooled vector.
