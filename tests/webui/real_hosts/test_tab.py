@@ -51,7 +51,7 @@ def test_a_person_trains_saves_and_applies_with_the_mouse(host, page):
     fill_in(page, training_seed=21)
     page.click(f"{ID}_train")
     page.wait_for_text(f"{ID}_status", "Training")
-    page.wait_for_text(f"{ID}_status", "left", 300)
+    page.wait_for_text(f"{ID}_status", "left", 1500)  # language is read before
     shoot(page, "tab-training")
     page.wait_for_text(f"{ID}_status", "ended well")
     report = page.text(f"{ID}_report")
