@@ -43,8 +43,6 @@ def build() -> gr.Blocks:
             with gr.Column():
                 seen = _outputs()
                 kept = _saving()
-                seen["report"] = gr.Markdown("", elem_id=f"{ID}_report")
-                seen["chart"] = gr.HTML("", elem_id=f"{ID}_chart")
         shows = [number, *seen.values()]
         given = [inputs[name] for name in form.INPUTS]
         _at_once(train, start, given, shows)
@@ -290,12 +288,20 @@ def _names() -> dict[str, Any]:
 
 
 def _outputs() -> dict[str, Any]:
+    """What a run shows, in the order in which it is told; the verdict stands above the pictures."""
+    status = gr.HTML(shown.status(None), elem_id=f"{ID}_status")
+    curve = gr.HTML("", elem_id=f"{ID}_curve")
+    report = gr.Markdown("", elem_id=f"{ID}_report")
+    chart = gr.HTML("", elem_id=f"{ID}_chart")
+    pictures = gr.Gallery(
+        label="Pictures of the training", columns=4, height=220, elem_id=f"{ID}_pictures"
+    )
     return {
-        "status": gr.HTML(shown.status(None), elem_id=f"{ID}_status"),
-        "curve": gr.HTML("", elem_id=f"{ID}_curve"),
-        "pictures": gr.Gallery(
-            label="Pictures of the training", columns=4, height=220, elem_id=f"{ID}_pictures"
-        ),
+        "status": status,
+        "curve": curve,
+        "pictures": pictures,
+        "report": report,
+        "chart": chart,
     }
 
 
