@@ -66,6 +66,7 @@ _SETTINGS: dict[str, Any] = {
     "show_progress_every_n_steps": -1,
     "lora_in_memory_limit": 0,
     "disable_all_extensions": "none",
+    "VERSION_UID": "PY313",  # without it Forge Neo takes them for an old version's, and asks
 }
 
 
