@@ -43,6 +43,7 @@ def build() -> gr.Blocks:
             with gr.Column():
                 seen = _outputs()
                 kept = _saving()
+                seen["report"] = gr.Markdown("", elem_id=f"{ID}_report")
         shows = [number, *seen.values()]
         given = [inputs[name] for name in form.INPUTS]
         _at_once(train, start, given, shows)
@@ -106,8 +107,8 @@ def _follow(job: Job) -> Iterator[tuple[Any, ...]]:
             shown.status(job, JOBS.before(job)),
             shown.curve(job.curve),
             list(pictures) if changed else gr.update(),
-            job.report(markdown=True),
             shown.chart(None if job.erasure is None else job.erasure.record),
+            job.report(markdown=True),
         )
         if ended:
             return
@@ -288,10 +289,9 @@ def _names() -> dict[str, Any]:
 
 
 def _outputs() -> dict[str, Any]:
-    """What a run shows, in the order in which it is told; the verdict stands above the pictures."""
+    """What a run shows, in the order in which it is told; the chart begins with the verdict."""
     status = gr.HTML(shown.status(None), elem_id=f"{ID}_status")
     curve = gr.HTML("", elem_id=f"{ID}_curve")
-    report = gr.Markdown("", elem_id=f"{ID}_report")
     chart = gr.HTML("", elem_id=f"{ID}_chart")
     pictures = gr.Gallery(
         label="Pictures of the training", columns=4, height=220, elem_id=f"{ID}_pictures"
@@ -300,7 +300,6 @@ def _outputs() -> dict[str, Any]:
         "status": status,
         "curve": curve,
         "pictures": pictures,
-        "report": report,
         "chart": chart,
     }
 

@@ -36,11 +36,11 @@ def test_train_follow_save_and_draw(fake):
 
     fake.load()
     seen = list(tab.start(*values()))
-    number, status, curve, pictures, report, chart = seen[-1]
+    number, status, curve, pictures, chart, report = seen[-1]
     assert "ended well" in status and "<svg" in curve
     assert report.startswith("**") and "cat" in report
     assert any("left" in one[1] or "Reading" in one[1] for one in seen)
-    assert seen[0][5] == "" and "nobody named" in chart and ">cat</text>" in chart
+    assert seen[0][4] == "" and "nobody named" in chart and ">cat</text>" in chart
     tag, said = tab.save_job(number, "folder/no_cat")
     assert tag == "<lora:no_cat:1>" and "Saved as" in said
     path = fake.folder / "models" / "Lora" / "folder" / "no_cat.safetensors"
@@ -102,8 +102,8 @@ def test_the_chart_is_escaped_and_ends_where_it_ends(a1111):
 
     name = "<script>alert(1)</script>" * 4
     last = list(tab.start(*values(erase=name, preset="instant", steps=0, trajectories=0)))[-1]
-    assert last[5] == shown.chart(JOBS.get("").erasure.record)
-    assert "<script>" not in last[5] and "&lt;script&gt;" in last[5]
+    assert last[4] == shown.chart(JOBS.get("").erasure.record)
+    assert "<script>" not in last[4] and "&lt;script&gt;" in last[4]
     assert shown.chart(None) == ""
 
 
@@ -156,7 +156,7 @@ def test_stop_keeps_and_cancel_does_not(a1111):
             tab.stop_job(job.id)
             break
     last = list(run)[-1]
-    assert "ended well" in last[1] and "tag" not in last[4][:5]
+    assert "ended well" in last[1] and "tag" not in last[5][:5]
     assert job.erasure is not None and job.erasure.record["steps_done"] < 400
     before = a1111.hashes()
     run = tab.start(*values(steps=400, training_seed=1))
@@ -166,7 +166,7 @@ def test_stop_keeps_and_cancel_does_not(a1111):
             tab.cancel_job(job.id)
             break
     last = list(run)[-1]
-    assert "Nothing was kept" in last[1] and last[4] == ""
+    assert "Nothing was kept" in last[1] and last[5] == ""
     assert "nothing to save" in tab.save_job(job.id, "x")[1]
     assert a1111.hashes() == before and not queue_lock().locked()
 
@@ -193,7 +193,7 @@ def test_what_is_shown_is_escaped(a1111):
     a1111.load()
     name = "<script>alert(1)</script>"
     last = list(tab.start(*values(erase=name, preset="instant", steps=0, trajectories=0)))[-1]
-    assert "<script>" not in last[1] + last[2] + last[4]
+    assert "<script>" not in last[1] + last[2] + last[4] + last[5]
     job = Job(1, {})
     job.state, job.message = "failed", name
     assert "<script>" not in shown.status(job)
