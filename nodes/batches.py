@@ -73,7 +73,8 @@ class BatchEncoder:
 
     def __call__(self, prompts: Sequence[str]) -> list[Encoded]:
         """Each prompt, with its pooled vector where the batch tells it."""
-        tokens, found = [self._clip.tokenize(prompt) for prompt in prompts], {}
+        tokens = [self._clip.tokenize(prompt) for prompt in prompts]
+        found: dict[int, Encoded] = {}
         for group in _alike(tokens):
             found.update(zip(group, self._group([tokens[i] for i in group]), strict=True))
         return [found[number] for number in range(len(prompts))]
@@ -167,10 +168,10 @@ def _made_up(first: Tensor | None, noted: Sequence[Tensor], prompts: int) -> tup
 
 def _same(found: Sequence[Tensor | None], alone: Sequence[Tensor | None]) -> bool:
     """Whether two prompts of a batch are those two alone, which must differ."""
-    if any(one is None for one in (*found, *alone)):
-        return False
     (a, b), (x, y) = found, alone
-    if x.shape != y.shape or a.shape != x.shape:
+    if a is None or b is None or x is None or y is None:
+        return False
+    if not a.shape == b.shape == x.shape == y.shape:
         return False
     most = _ROUNDING * float((x - y).norm())
     return float((a - x).norm()) < most and float((b - y).norm()) < most

@@ -41,8 +41,8 @@ from .meter import Meter, MeteredDenoiser, until_stopped
 from .plan import checked_states
 from .recorded import record_of
 from .resume import journal_of, left_run
+from .ridge import Ridge
 from .states import States, sample_held_out, sample_to_train_on
-from .trainer import Ridge
 from .training import Start, Trained, known_movement, train_where_it_helps
 
 
