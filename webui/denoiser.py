@@ -79,7 +79,7 @@ class WebuiDenoiser(ReadingDenoiser):
             self._paths = trained_paths(self.network, self._family, layers)
         beside = SIZES_OF_SDXL if self._family.name == "SDXL" else 0
         pooled = self._family.pooled
-        self._text = TextReader(sd_model, self._learn, pooled, beside, self._check)
+        self.text = TextReader(sd_model, self._learn, pooled, beside, self._check)
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> WebuiDenoiser:
@@ -176,15 +176,15 @@ class WebuiDenoiser(ReadingDenoiser):
 
     def encode(self, prompts: Sequence[str], together: bool = False) -> list[Encoded]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""
-        return self._text.encode(prompts, together)
+        return self.text.encode(prompts, together)
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""
-        return [self._text.token_ids(prompt) for prompt in prompts]
+        return [self.text.token_ids(prompt) for prompt in prompts]
 
     def vocabulary(self) -> list[str]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""
-        return self._text.vocabulary()
+        return self.text.vocabulary()
 
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""
@@ -260,7 +260,7 @@ class WebuiDenoiser(ReadingDenoiser):
 
     @functools.cached_property
     def _constants(self) -> Learned:
-        return self._text.constants()
+        return self.text.constants()
 
     def matrices(self) -> Mapping[str, Tensor]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""
