@@ -71,6 +71,7 @@ def test_the_list_of_published_files_is_the_pack(archive):
         "__init__.py",
         "install.py",
         "nodes",
+        "faces",
         "erase_core",
     }
     whole = {"LICENSE", "README.md", "pyproject.toml", "requirements.txt", "web"}
