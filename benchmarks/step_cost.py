@@ -28,8 +28,9 @@ from concept_surgery.erase_core import erase, preset_settings  # noqa: E402
 from concept_surgery.erase_core.method.encoded import EncodedPair  # noqa: E402
 from concept_surgery.erase_core.model.low_rank import LowRankEdit  # noqa: E402
 from concept_surgery.erase_core.model.prompt import Encoded  # noqa: E402
+from concept_surgery.erase_core.run.ridge import Ridge  # noqa: E402
 from concept_surgery.erase_core.run.states import States  # noqa: E402
-from concept_surgery.erase_core.run.trainer import Pool, Ridge, SurgeryTrainer  # noqa: E402
+from concept_surgery.erase_core.run.trainer import Pool, SurgeryTrainer  # noqa: E402
 from concept_surgery.nodes.host import ComfyDenoiser  # noqa: E402
 
 from benchmarks.random_weights import fill_network  # noqa: E402

@@ -7,8 +7,10 @@ from typing import Any
 
 import comfy.model_management
 import torch
+from torch import Tensor
 
 from ..erase_core.model.prompt import Encoded
+from .batches import BatchEncoder, Tokens
 from .families import UnsupportedModelError
 
 
@@ -43,38 +45,51 @@ def encode_null(clip) -> Encoded:
 
 
 def encode_prompts(
-    clip, prompts: Sequence[str], together: bool = False, pooled: bool = False
+    clip, prompts: Sequence[str], pooled: bool | None = False, extras: bool = False
 ) -> list[Encoded]:
-    """The embeddings of each prompt, float32 on the CPU.
-
-    The host encodes a long prompt as sections side by side in one batch; ``together`` uses that
-    for many prompts at once, and leaves out the pooled vectors, of which a batch has only one.
+    """The embeddings of each prompt, one by one, float32 on the CPU.
 
     Args:
-        pooled: whether the pooled vector goes along with the tokens.
+        pooled: whether the pooled vector goes along with the tokens; None is if there is one.
+        extras: whether what else the encoder gives does.
     """
-    tokens = [clip.tokenize(prompt) for prompt in prompts]
-    if not together or len(prompts) < 2:
-        return [_encode_tokens(clip, one, pooled) for one in tokens]
-    merged = {name: [section for one in tokens for section in one[name]] for name in tokens[0]}
-    rows = _encode_tokens(clip, merged, pooled=False).tokens
-    first = next(iter(merged))
-    length = rows.shape[0] // len(merged[first])
-    parts = rows.split([len(one[first]) * length for one in tokens])
-    return [Encoded(part) for part in parts]
+    return [_encode_tokens(clip, clip.tokenize(prompt), pooled, extras) for prompt in prompts]
 
 
-def _encode_tokens(clip, tokens: Mapping[str, Any], pooled: bool | None) -> Encoded:
+def batch_encoder(clip) -> BatchEncoder:
+    """Encodes many prompts at once; rounding may differ from one by one in the last digits."""
+
+    def encode(tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        encoded = _encode_tokens(clip, tokens, pooled=None)
+        return encoded.tokens, encoded.pooled
+
+    return BatchEncoder(clip, encode)
+
+
+def _encode_tokens(
+    clip, tokens: Mapping[str, Any], pooled: bool | None, extras: bool = False
+) -> Encoded:
     """With the pooled vector or without; None is with it if there is one."""
     comfy.model_management.throw_exception_if_processing_interrupted()
+    more: dict[str, Any] = {}
     # The encoder's weights are inference tensors: run it as the host does, copy what comes out.
     with torch.inference_mode():
-        rows, vector = clip.encode_from_tokens(tokens, return_pooled=True)
+        if extras:
+            more = dict(clip.encode_from_tokens(tokens, return_dict=True))
+            rows, vector = more.pop("cond"), more.pop("pooled_output", None)
+        else:
+            rows, vector = clip.encode_from_tokens(tokens, return_pooled=True)
     if pooled and vector is None:
         raise UnsupportedModelError(
             "The connected text encoder gives no pooled vector, which this model needs. Connect "
             "the CLIP that belongs to the model."
         )
     with_vector = vector is not None if pooled is None else pooled
-    kept = [rows, vector] if with_vector else [rows]
-    return Encoded(*(part[0].float().cpu().clone() for part in kept))
+    given = {name: _kept(value) for name, value in more.items() if value is not None}
+    own = [part[0].float().cpu().clone() for part in ((rows, vector) if with_vector else (rows,))]
+    return Encoded(own[0], own[1] if with_vector else None, given)
+
+
+def _kept(value: Any) -> Any:
+    """A copy of what the encoder gives, on the CPU; other things than tensors as they are."""
+    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value

@@ -6,17 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.utils
-import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..erase_core import KINDS, SettingsError
-from ..erase_core.method.suggest import Suggestion, suggest
+from ..erase_core.method.suggest import Rank, Suggestion, by_table, neighbours_of, suggest
 from ..erase_core.model.prompt import Encoded
 from ..erase_core.settings.families import FLUX, SD3, SDXL
 from ..erase_core.settings.texts import Concept, parse_concepts
 from ..erase_core.settings.widgets import check_choice
-from .encoding import encode_null, encode_prompts
+from .encoding import batch_encoder, encode_null, encode_prompts
 from .kinds import MATRIX
 from .messages import id_of, preview, show_progress_text, shown
 from .refusals import refusal
@@ -76,7 +75,7 @@ class SuggestNames(io.ComfyNode):
         text = "\n".join(map(_said, found))
         show_progress_text("", None, id_of(cls))  # what is found stands in the text below
         names = "\n".join(one.line for one in found)
-        return io.NodeOutput(shown(names), shown(_neighbours(found)), ui=preview(text))
+        return io.NodeOutput(shown(names), shown("\n".join(neighbours_of(found))), ui=preview(text))
 
 
 class ClipReader:
@@ -85,10 +84,11 @@ class ClipReader:
     def __init__(self, clip: Any) -> None:
         self._clip, self._streams = clip, _streams_of(clip)
         self.words = numbered_vocabulary(clip)
+        self._together = batch_encoder(clip)
 
     def encode(self, prompts: Sequence[str], together: bool = False) -> list[Encoded]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""
-        return encode_prompts(self._clip, prompts, together)
+        return self._together(prompts) if together else encode_prompts(self._clip, prompts)
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""
@@ -99,9 +99,7 @@ class ClipReader:
         return list(self.words[1])
 
 
-def ranked_by(
-    clip, concept: Concept, words: tuple[str, Mapping[str, int]]
-) -> Callable[[Sequence[str]], list[str]] | None:
+def ranked_by(clip, concept: Concept, words: tuple[str, Mapping[str, int]]) -> Rank | None:
     """How near words are likely to be to a concept, by the encoder's table of token embeddings.
 
     Words that have no token of their own come last. None where there is no such table.
@@ -111,15 +109,7 @@ def ranked_by(
     """
     name, ids = words
     table = _table(clip, name)
-    known = [ids[word] for text in concept.names for word in text.lower().split() if word in ids]
-    if table is None or not known or max(ids.values()) >= len(table):
-        return None
-    rows = table[list(ids.values())].detach().float().cpu()
-    middle = rows.mean(0)
-    wanted = table[known].detach().float().cpu() - middle
-    near = torch.cosine_similarity(rows[:, None] - middle, wanted[None], dim=-1).amax(1).tolist()
-    place = dict(zip(ids, near, strict=True))
-    return lambda words: sorted(words, key=lambda word: -place.get(word, -2.0))
+    return None if table is None else by_table(table, ids, concept)
 
 
 def _table(clip, name: str) -> Tensor | None:
@@ -156,13 +146,6 @@ def _said(found: Suggestion) -> str:
     names = ", ".join(found.names) or "none found"
     near = ", ".join(found.neighbours) or "none found"
     return f"{found.concept.text}: other names: {names}. Near things, to keep: {near}."
-
-
-def _neighbours(found: Sequence[Suggestion]) -> str:
-    """The neighbours of all concepts, one a line, without what is to be erased."""
-    erased = {name for one in found for name in (*one.concept.names, *one.names)}
-    near = dict.fromkeys(word for one in found for word in one.neighbours)
-    return "\n".join(word for word in near if word not in erased)
 
 
 def _inputs() -> list[Any]:

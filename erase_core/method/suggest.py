@@ -7,7 +7,7 @@ last token and of the prompt's end, from which what all words share is taken.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +111,36 @@ def suggest(
     out = {folded(concept.alternative)}
     neighbours = [word for word in distinct if folded(word) not in out]
     return Suggestion(concept, tuple(names[:MOST_NAMES]), tuple(neighbours[:MOST_NEIGHBOURS]))
+
+
+def by_table(table: Tensor, ids: Mapping[str, int], concept: Concept) -> Rank | None:
+    """How near words are likely to be to a concept, by an encoder's table of token embeddings.
+
+    Words that have no token of their own come last.
+
+    Args:
+        table: (tokens, width).
+        ids: the token of each word.
+
+    Returns:
+        None where the table isn't that of these tokens, or has no word of the concept.
+    """
+    known = [ids[word] for text in concept.names for word in text.lower().split() if word in ids]
+    if not known or max(ids.values()) >= len(table):
+        return None
+    rows = table[list(ids.values())].detach().float().cpu()
+    middle = rows.mean(0)
+    wanted = table[known].detach().float().cpu() - middle
+    near = torch.cosine_similarity(rows[:, None] - middle, wanted[None], dim=-1).amax(1).tolist()
+    place = dict(zip(ids, near, strict=True))
+    return lambda words: sorted(words, key=lambda word: -place.get(word, -2.0))
+
+
+def neighbours_of(found: Sequence[Suggestion]) -> list[str]:
+    """The neighbours of all concepts, without what is to be erased."""
+    erased = {name for one in found for name in (*one.concept.names, *one.names)}
+    near = dict.fromkeys(word for one in found for word in one.neighbours)
+    return [word for word in near if word not in erased]
 
 
 def _things(reader: ReadsText, kind: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,10 +30,10 @@ from ..model.memory import ADVICE, Fit, Need, advice_instead, out_of_memory
 from ..model.prompt import Encoded
 from ..settings.settings import EraseSettings
 from .meter import TrainingError
+from .optimiser import optimiser, trained_values, warmup_then_cosine
+from .ridge import Ridge
 from .states import States
 
-WARMUP_SHARE = 0.1
-FINAL_RATE = 0.05
 # Half precision with few exponent bits loses small gradients; Adam does not mind the scale.
 LOSS_SCALE = 1024.0
 # States at which the gradient is checked, at most; one nearly always is enough.
@@ -42,51 +42,6 @@ CHECKED_PLACES = 3
 
 class DivergedError(TrainingError):
     """The loss or its gradient is NaN or infinite."""
-
-
-class Ridge:
-    """Ridge on ordinary language: ``mean_m tr(B S B^T) / tr(W M W^T)`` with ``S = R^T M R``.
-
-    ``M`` is the second moment of the token embeddings of plain captions, so the term is the mean
-    square change of keys and values for ordinary tokens, relative to their own mean square. It is
-    what keeps the prompts nobody named. The same for what pooled vectors become.
-
-    Args:
-        weight: how much it counts in the loss.
-        matrices: W by name, (out, size), as far as they read what M is of.
-        moment: M, (size, size); what a matrix reads behind that isn't protected.
-        device: where edits are.
-    """
-
-    def __init__(
-        self,
-        weight: float,
-        matrices: Mapping[str, Tensor],
-        moment: Tensor,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self._weight = weight
-        self._scale = {name: 1 / _energy(w, moment) for name, w in matrices.items()}
-        self._moment = moment.float().to(device)
-        self.device = device
-
-    def __call__(self, edit: LowRankEdit) -> Tensor:
-        inner: dict[int, Tensor] = {}
-        terms = []
-        for name, scale in self._scale.items():
-            factor, basis = edit.factors[name], edit.bases[name]
-            if id(basis) not in inner:
-                read = basis[: len(self._moment)]
-                inner[id(basis)] = read.T @ self._moment @ read
-            terms.append(((factor @ inner[id(basis)]) * factor).sum() * scale)
-        return self._weight * torch.stack(terms).mean()
-
-    def change(self, value: Tensor) -> float | None:
-        """Root mean square change of keys and values, relative, from what a call has given.
-
-        None where it doesn't count.
-        """
-        return float(value.detach().clamp(min=0) / self._weight) ** 0.5 if self._weight else None
 
 
 @dataclass
@@ -178,9 +133,9 @@ class SurgeryTrainer:
         # that a round of all concepts counts each column's ridge once; in the soft form it trains
         # every column, and a round shall count the ridge once all the same.
         self._ridge_share = 1 / len(self._concepts.unique()) if self._soft else 1.0
-        self._optimiser = _optimiser(self.edit, denoiser.matrices(), settings)
+        self._optimiser = optimiser(self.edit, denoiser.matrices(), settings)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimiser, _warmup_then_cosine(settings.steps)
+            self._optimiser, warmup_then_cosine(settings.steps)
         )
         kept_states = pool.kept_states if self._soft and settings.keep_weight else None
         self._kept_states = kept_states if kept_states else None
@@ -508,7 +463,7 @@ class SurgeryTrainer:
             moments = {name: kept[name][number].to(device, copy=True) for name in names[2:]}
             self._optimiser.state[value] = {"step": torch.tensor(float(done)), **moments}
         for group in self._optimiser.param_groups:
-            group["lr"] = group["initial_lr"] * _warmup_then_cosine(self._settings.steps)(done)
+            group["lr"] = group["initial_lr"] * warmup_then_cosine(self._settings.steps)(done)
         self._schedule.last_epoch = done
         if self._kept_states is not None:
             for _ in range(done):
@@ -546,56 +501,9 @@ def draws(groups: Sequence[Tensor], batch: int, seed: int) -> Iterator[Tensor]:
             waiting[number] = waiting[number][batch:]
 
 
-def drift_of(ridges: Sequence[Ridge], edit: LowRankEdit) -> float | None:
-    """How far an edit moves the keys and values of ordinary language; None if nobody knows."""
-    with torch.no_grad():
-        found = [ridge.change(ridge(edit.to(ridge.device))) for ridge in ridges]
-    return max((change for change in found if change is not None), default=None)
-
-
 def _trainable(start: LowRankEdit, device: torch.device, bases_too: bool) -> LowRankEdit:
     start = start.to(device).copy()
     bases = start.bases
     if bases_too:  # each matrix gets its own
         bases = {name: basis.clone().requires_grad_() for name, basis in bases.items()}
     return LowRankEdit(bases, {name: b.requires_grad_() for name, b in start.factors.items()})
-
-
-def trained_values(edit: LowRankEdit) -> dict[str, Tensor]:
-    """What trains of an edit: B of each matrix and, in the soft form, its R, by name."""
-    trained = {f"B.{name}": factor for name, factor in edit.factors.items()}
-    return trained | {f"R.{n}": basis for n, basis in edit.bases.items() if basis.requires_grad}
-
-
-def _optimiser(
-    edit: LowRankEdit, matrices: Mapping[str, Tensor], settings: EraseSettings
-) -> torch.optim.Adam:
-    """Adam whose step is a fixed share of each matrix's own size, so one rate fits all models."""
-    rate = settings.learning_rate
-    groups = []
-    for name, value in trained_values(edit).items():
-        kind, _, matrix = name.partition(".")
-        size = _root_mean_square(matrices[matrix] if kind == "B" else value.detach())
-        groups.append({"params": [value], "lr": rate * size})
-    return torch.optim.Adam(groups, betas=(0.9, 0.99))
-
-
-def _warmup_then_cosine(steps: int) -> Callable[[int], float]:
-    warmup = max(1, round(WARMUP_SHARE * steps))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / max(1, steps - warmup)
-        return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return factor
-
-
-def _energy(weight: Tensor, moment: Tensor) -> float:
-    weight = weight.float()
-    return float(((weight @ moment.float().to(weight.device)) * weight).sum())
-
-
-def _root_mean_square(weight: Tensor) -> float:
-    return float(weight.float().square().mean().sqrt())

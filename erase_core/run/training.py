@@ -23,8 +23,9 @@ from .given import Given
 from .measure import movement_on
 from .meter import NOT_A_STEP_YET, CurvePoint, NothingLearnedError, until_stopped
 from .plan import STOP_EVERY, STOP_STATES, TRIAL_TRAJECTORIES, tried_states
+from .ridge import Ridge, drift_of
 from .states import States, balanced_states, sample_kept, sample_to_train_on
-from .trainer import DivergedError, Pool, Ridge, SurgeryTrainer, drift_of
+from .trainer import DivergedError, Pool, SurgeryTrainer
 from .watch import Watch, show_measured
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from concept_surgery.erase_core import erase, preset_settings
 from concept_surgery.erase_core.files.disk import write_safetensors
+from concept_surgery.erase_core.method import language
 from concept_surgery.erase_core.method.language import (
     SHRINKAGE,
     WITNESS_ROWS,
@@ -45,7 +46,15 @@ class CountingToy(ToyDenoiser):
 
 
 class RaggedToy(CountingToy):
-    """Without padding: prompts have as many rows as tokens. With a pooled vector each."""
+    """Without padding: prompts have as many rows as tokens. With a pooled vector each.
+
+    Args:
+        tells: whether batches have them, too.
+    """
+
+    def __init__(self, tells=True):
+        super().__init__()
+        self.tells = tells
 
     def token_ids(self, prompts):
         return [[i for i in ids if i != 1] + [1] for ids in super().token_ids(prompts)]
@@ -53,7 +62,9 @@ class RaggedToy(CountingToy):
     def encode(self, prompts, together=False):
         self.asked += prompts
         rows = [self._embed(ids) for ids in self.token_ids(prompts)]
-        return [Encoded(one, None if together else one.sum(0)[:7]) for one in rows]
+        return [
+            Encoded(one, None if together and not self.tells else one.sum(0)[:7]) for one in rows
+        ]
 
 
 class ListingToy(CountingToy):
@@ -334,6 +345,10 @@ def test_the_moment_of_pooled_vectors_is_their_mean():
     found = read_moment(toy, prompts, POOLED, cache, ["woman"])
     torch.testing.assert_close(found, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
     assert toy.asked[4:] == named
+    silent = RaggedToy(tells=False)
+    again = read_moment(silent, prompts, POOLED)
+    assert torch.equal(again, cache[next(iter(cache))])
+    assert len(silent.asked) == 4 + 60 + 16  # the first batch once more, and then one by one
     (key,) = cache
     assert key.endswith("-pooled")
     cache[key] = cache[key] * float("nan")
@@ -426,3 +441,11 @@ def test_the_key_tells_lists_apart_that_read_alike():
         toy.encode = lambda prompts, together=False: [same for _ in prompts]
         read_language(toy, reading, cache)
     assert len(cache) == 6
+
+
+@pytest.mark.parametrize(
+    ("device", "width", "expected"),
+    [("cuda", 2048, "cuda"), ("cuda", 15360, "cpu"), ("mps", 768, "cpu"), ("cpu", 768, "cpu")],
+)
+def test_moments_are_summed_where_float64_is_and_has_room(device, width, expected):
+    assert language._where_it_is_summed(torch.device(device), width).type == expected

@@ -26,7 +26,7 @@ from concept_surgery.erase_core.method.subspace import (
     remove_span,
 )
 from concept_surgery.erase_core.model.low_rank import LowRankEdit
-from concept_surgery.erase_core.run.trainer import Ridge
+from concept_surgery.erase_core.run.ridge import Ridge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

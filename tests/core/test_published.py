@@ -74,8 +74,16 @@ def test_the_list_of_published_files_is_the_pack(archive):
         "erase_core",
     }
     whole = {"LICENSE", "README.md", "pyproject.toml", "requirements.txt", "web"}
-    whole |= {"__init__.py", "install.py", "nodes", "erase_core", "example_workflows", "docs"}
-    whole |= {"locales"}
+    whole |= {
+        "__init__.py",
+        "install.py",
+        "nodes",
+        "faces",
+        "erase_core",
+        "example_workflows",
+        "docs",
+    }
+    whole |= {"faces", "locales"}
     assert {name.split("/")[0] for name in names} == whole
     size = sum(item.compress_size for item in archive.infolist())
     assert size < 5 * 2**20, "the archive has grown beyond what a node pack needs"

@@ -13,6 +13,7 @@ import torch
 from comfy.model_management import VRAMState
 from concept_surgery.erase_core import Erasure, erase, preset_settings
 from concept_surgery.erase_core.artefact.saving import save_erasure
+from concept_surgery.erase_core.method.language import second_moment
 from concept_surgery.nodes.apply import MERGE, MODES, apply_erasure
 from concept_surgery.nodes.families import model_family
 from concept_surgery.nodes.host import ComfyDenoiser
@@ -156,3 +157,10 @@ def test_nothing_stays_on_the_device(loaded):
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
     assert torch.cuda.memory_allocated() <= before + 2**20
+
+
+def test_the_moment_of_language_is_the_one_of_the_cpu():
+    """It is summed on the card, in float64."""
+    rows = torch.randn(300, 768)
+    on_card = second_moment([rows.to(torch.device("cuda"))]).cpu()
+    torch.testing.assert_close(on_card, second_moment([rows]), rtol=1e-9, atol=1e-9)

@@ -24,6 +24,7 @@ from concept_surgery.nodes.train import TrainErasure
 from tools.checkpoint import build_checkpoint
 from tools.environment import BUILD
 
+from ..long import long
 from .tiny import (
     QUICK,
     interrupting,
@@ -100,7 +101,14 @@ def test_instant_moves_the_guidance_without_sampling(loaded, store):
     assert "Nothing was sampled" in report_text(record)
 
 
-@pytest.mark.parametrize("layers", ["key-value", "cross-attention", "transformer"])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        "key-value",
+        pytest.param("cross-attention", marks=long),
+        pytest.param("transformer", marks=long),
+    ],
+)
 def test_soft_form_holds_by_penalty_within_its_budget(loaded, store, layers):
     """Squared drifts of the null prompt and of four keep prompts at most 5 % of the change."""
     settings = {"form": "soft", "layers": layers, "keep": KEEP[:4], "concepts": "cat => dog"}

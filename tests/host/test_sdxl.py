@@ -10,6 +10,7 @@ from concept_surgery.nodes.encoding import encode_prompts
 
 from benchmarks.emoji.sdxl_text import trained_sdxl_encoder
 
+from ..long import long
 from .encoder import RememberingClip
 from .small import load_family
 from .test_families import relative_change
@@ -47,6 +48,7 @@ def test_the_hard_form_moves_nine_tenths_and_the_pooled_vector_brings_nothing_ba
         assert relative_change(model, edited, prompt) <= 1e-5
 
 
+@long
 def test_the_soft_form_moves_nine_tenths_and_what_nobody_named_a_twentieth(sdxl, language):
     model, clip = sdxl
     erasure = train(model, clip, language, **SETTINGS, form="soft", steps=60)

@@ -18,7 +18,8 @@ from concept_surgery.erase_core.method.alignment import (
     word_span,
 )
 from concept_surgery.erase_core.settings import families
-from concept_surgery.nodes.encoding import encode_prompts
+from concept_surgery.nodes import batches
+from concept_surgery.nodes.encoding import batch_encoder, encode_prompts
 from concept_surgery.nodes.host import ComfyDenoiser
 from concept_surgery.nodes.tokens import row_ids
 
@@ -150,3 +151,21 @@ def test_sd3_with_t5_alone_has_an_id_for_each_row():
     null, own = (row_ids(clip, text, families.SD3.token_streams) for text in ("", "a cat"))
     assert word_span(own, null)[0] == 0  # T5 puts nothing in front
     assert len(encode_prompts(clip, ["a cat"])[0].tokens) == len(own)
+
+
+def test_prompts_read_together_are_what_each_is_alone(sd3):
+    """Streams that follow one another in a prompt do so in each prompt of a batch, too."""
+    texts = ["a cat", "a dog on a sofa", "a photo of a red car"]
+    alone, together = sd3.encode(texts), sd3.encode(texts, together=True)
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(other.tokens, one.tokens, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(other.pooled, one.pooled, rtol=1e-3, atol=1e-3)
+
+
+def test_nothing_is_read_in_another_encoders_order(sd3, monkeypatch):
+    """Where no order of the streams gives what each prompt is alone, they are read one by one."""
+    clip, texts = sd3._clip, ["a cat", "a dog on a sofa"]
+    monkeypatch.setattr(batches, "_orders", lambda tokens, rows: iter([("t5xxl", "l")]))
+    alone = encode_prompts(clip, texts, pooled=True)
+    for one, other in zip(alone, batch_encoder(clip)(texts), strict=True):
+        assert torch.equal(one.tokens, other.tokens) and torch.equal(one.pooled, other.pooled)

@@ -21,6 +21,7 @@ from benchmarks.emoji.build import WEIGHTS, build_emoji_checkpoint
 from benchmarks.erasure.run import leave_out_empty_layers
 from tools.environment import BUILD
 
+from ..long import long
 from .small import built_model
 from .test_families import sampled_x0
 
@@ -82,7 +83,7 @@ def check_a_twentieth(model, clip, erasure, sigmas):
     assert squared_change("") <= most
 
 
-@pytest.mark.parametrize("architecture", ["sd3", "flux"])
+@pytest.mark.parametrize("architecture", ["sd3", pytest.param("flux", marks=long)])
 def test_what_nobody_named_moves_a_twentieth_of_what_is_erased(architecture, clip, language):
     model, _ = built_model(architecture)
     erasure = train(model, clip, language, form="soft")

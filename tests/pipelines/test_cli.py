@@ -13,12 +13,14 @@ import pytest
 import torch
 from concept_surgery.pipelines import Erasure
 from concept_surgery.pipelines.cli import main
+from concept_surgery.pipelines.loading import load_pipeline
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from tools.environment import ROOT
 
 from .conftest import at_length
+from .single_file import as_single_file, same_weights, sd1_with_its_autoencoder
 from .small import latents
 
 SETTINGS = ["captions=8", "trajectories=2", "sampling_steps=3", "templates=a photo of {}"]
@@ -162,6 +164,28 @@ def test_merge_writes_a_single_file(sd1, file, finished, tmp_path, capsys):
     assert main(["merge", str(file), str(other), "--out", str(tmp_path / "n.safetensors")]) == 1
     assert "lacks 8 of its 8 matrices" in capsys.readouterr().err
     assert not (tmp_path / "n.safetensors").exists()
+
+
+def test_a_single_file_is_erased_from_and_checked(tmp_path, capsys):
+    """With a folder that has the tokenizer and the configurations, and no weights."""
+    pipe = sd1_with_its_autoencoder(tmp_path)
+    file = as_single_file(pipe, tmp_path / "model.safetensors")
+    config, out = tmp_path / "config", tmp_path / "no_cat.safetensors"
+    pipe.save_pretrained(config)
+    for weights in config.rglob("*.safetensors"):
+        weights.unlink()
+    loaded = load_pipeline(str(file), str(config), "cpu")
+    assert same_weights(loaded.unet, pipe.unet) and same_weights(loaded.vae, pipe.vae)
+    where = ["--config", str(config), "--device", "cpu"]
+    given = ["erase", str(file), "--erase", "cat => dog", "--preset", "instant", *QUICKLY]
+    before = file.read_bytes()
+    assert main([*given, "--out", str(out), "--quiet", *where]) == 0
+    assert file.read_bytes() == before
+    assert capsys.readouterr().out.startswith("Verdict:")
+    assert main(["check", str(out), str(file), *where]) == 0
+    assert "made on this model" in capsys.readouterr().out
+    assert main(["check", str(out), str(file), "--device", "cpu"]) == 1
+    assert "--config" in capsys.readouterr().err
 
 
 @at_length

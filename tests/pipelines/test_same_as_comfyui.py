@@ -12,9 +12,9 @@ from concept_surgery.pipelines import erase
 from concept_surgery.pipelines.erasing import settings_for
 
 from benchmarks.emoji.build import CHECKPOINT, build_emoji_checkpoint
+from benchmarks.emoji.pipeline import emoji_pipeline
 
 from .conftest import at_length
-from .small import emoji_pipeline
 
 pytestmark = at_length
 # Ten steps fall on whole times, which ComfyUI rounds to and diffusers doesn't.
