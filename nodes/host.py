@@ -152,7 +152,7 @@ class ComfyDenoiser(Denoiser):
         paths = {name: key[start:end] for name, key in editable_keys(self._model).items()}
         _, height, width = self.latent_shape(self._resolution)
         try:
-            return PromptReaders(
+            readers = PromptReaders(
                 self._twin.diffusion_model,
                 paths,
                 self._x0_of,
@@ -163,6 +163,10 @@ class ComfyDenoiser(Denoiser):
             )
         except NoReadersError as error:
             raise unsupported(self._family, str(error)) from error
+        if readers.needs_no_network:  # the text encoder may have the device for itself again
+            readers.let_go()
+            vars(self).pop("_twin")
+        return readers
 
     def _small_latents(self, side: int) -> list[tuple[Tensor, Tensor]]:
         """Two latents (1, c, side, side) of one seed, each at a noise level of its own, (1,)."""
