@@ -34,9 +34,9 @@ from ..erase_core.artefact.sheet import (
 from ..erase_core.artefact.stack import MERGE, STRONGEST
 from ..erase_core.settings.texts import given_lines, plain_text
 from ..erase_core.settings.widgets import check_choice
+from ..faces.labels import labelled
 from .apply import MODES, apply_erasure, mismatches
 from .families import PICTURE, VIDEO, UnsupportedModelError, latent_pixels
-from .labels import labelled
 from .messages import show_progress_text, upstream_file, warn_all
 from .refusals import refusal
 from .runs import refuse_without_clip

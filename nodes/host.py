@@ -18,20 +18,25 @@ from comfy.ldm.modules.diffusionmodules.mmdit import JointBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor, nn
 
+from ..erase_core.method.prompt_readers import (
+    MASK,
+    NoReadersError,
+    PromptReaders,
+    ReadingDenoiser,
+    shapes_of,
+)
 from ..erase_core.model.activations import BlockRun
 from ..erase_core.model.blocks import blocks_run_by
-from ..erase_core.model.denoiser import Denoiser
 from ..erase_core.model.low_rank import LowRankEdit, LowRankSidePath
 from ..erase_core.model.out_of_place import OutOfPlace
 from ..erase_core.model.prompt import Encoded, stack_pooled, stack_tokens
-from ..erase_core.model.readers import FoundReaders
 from ..erase_core.model.twin import twin_network
-from ..erase_core.settings.layers import FIRST_READERS, MEASURED_RULES
 from .batches import BatchEncoder
 from .encoding import batch_encoder, encode_prompts, refuse_hooks
 from .exact import WRAPPER_TYPE, is_side_path, side_paths
 from .families import (
     UnsupportedModelError,
+    latent_pixels,
     latent_shape,
     refuse_if_it_takes_more,
     trainable_family,
@@ -42,7 +47,6 @@ from .identity import model_identity
 from .kinds import refuse_another_kind
 from .matrices import base_fingerprint, editable_keys, trained_keys
 from .packed import compute_with_numbers, like, numbers_of
-from .prompt_readers import MASK, NoReadersError, PromptReaders, shapes_of
 from .tokens import row_ids
 from .vocabulary import vocabulary
 
@@ -53,7 +57,7 @@ BLOCKS = (ResBlock, BasicTransformerBlock, JointBlock, DoubleStreamBlock, Single
 TRAINING_MEMORY_FACTOR = 3
 
 
-class ComfyDenoiser(Denoiser):
+class ComfyDenoiser(ReadingDenoiser):
     """The host's MODEL and CLIP as the engine's denoiser.
 
     The model's module is never touched: the denoiser runs a twin of it whose parameters lie over
@@ -97,9 +101,9 @@ class ComfyDenoiser(Denoiser):
         self.base = {"name": base_name, "fingerprint": base_fingerprint(model)}
         self._model, self._clip = with_resident_weights(model), clip
         self._rule = layers or self._family.defaults.get("layers", "")
-        if self._rule not in MEASURED_RULES:
+        if not self._measured:
             self._keys = trained_keys(model, layers)
-        self._resolution = resolution
+        self._resolution, self._latent_pixels = resolution, latent_pixels(model)
         self.device = model.load_device
         # Nodes upstream may have chosen it, on the patcher.
         self.dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
@@ -113,7 +117,7 @@ class ComfyDenoiser(Denoiser):
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
-        for made in ("_twin", "_modules", "_side_path", "_readers"):
+        for made in ("_twin", "_modules", "_side_path", "_prompt_readers"):
             vars(self).pop(made, None)
 
     @functools.cached_property
@@ -134,15 +138,7 @@ class ComfyDenoiser(Denoiser):
         """See :class:`erase_core.model.denoiser.Denoiser`."""
         return self._keys.keys()
 
-    @functools.cached_property
-    def ways(self) -> Mapping[str, Sequence[str]]:
-        """See :class:`erase_core.model.denoiser.Denoiser`."""
-        if self._rule not in MEASURED_RULES:
-            return super().ways
-        return self._readers.ways
-
-    @functools.cached_property
-    def _readers(self) -> PromptReaders:
+    def _find_readers(self) -> PromptReaders:
         """What reads prompts, found by predictions.
 
         Raises:
@@ -152,14 +148,12 @@ class ComfyDenoiser(Denoiser):
         paths = {name: key[start:end] for name, key in editable_keys(self._model).items()}
         _, height, width = self.latent_shape(self._resolution)
         try:
-            readers = PromptReaders(
+            readers = self._readers_in(
                 self._twin.diffusion_model,
                 paths,
                 self._x0_of,
                 lambda prompts: encode_prompts(self._clip, prompts, None, extras=True),
-                self._small_latents,
                 height * width,
-                self._rule == FIRST_READERS,
             )
         except NoReadersError as error:
             raise unsupported(self._family, str(error)) from error
@@ -167,37 +161,6 @@ class ComfyDenoiser(Denoiser):
             readers.let_go()
             vars(self).pop("_twin")
         return readers
-
-    def _small_latents(self, side: int) -> list[tuple[Tensor, Tensor]]:
-        """Two latents (1, c, side, side) of one seed, each at a noise level of its own, (1,)."""
-        random = torch.Generator().manual_seed(0)
-        levels = self.sigmas(len("prompt")).to(self.device)
-        shape = (1, self._planned_shape[1], side, side)
-        return [
-            (self.noisy_latent(torch.randn(shape, generator=random).to(self.device), s), s[None])
-            for s in (levels[1], levels[3])
-        ]
-
-    def read(self, prompts: Sequence[Encoded]) -> None:
-        """See :class:`erase_core.model.denoiser.Denoiser`."""
-        if self._rule in MEASURED_RULES:
-            self._readers.read(prompts)
-
-    @property
-    def found_readers(self) -> Sequence[FoundReaders]:  # type: ignore[override]
-        """See :class:`erase_core.model.denoiser.Denoiser`."""
-        return self._readers.found if self._rule in MEASURED_RULES else ()
-
-    @property
-    def reading_cost(self) -> float:  # type: ignore[override]
-        """See :class:`erase_core.model.denoiser.Denoiser`."""
-        return self._readers.cost_of_reading if self._rule in MEASURED_RULES else 0.0
-
-    @property
-    def own_cost(self) -> float:  # type: ignore[override]
-        """See :class:`erase_core.model.denoiser.Denoiser`."""
-        readers = vars(self).get("_readers")
-        return 0.0 if readers is None else readers.cost
 
     @functools.cached_property
     def _modules(self) -> dict[str, nn.Module]:
@@ -234,9 +197,9 @@ class ComfyDenoiser(Denoiser):
     @property
     def _takes_pooled(self) -> bool:
         """Whether the network reads a pooled vector, if the encoder gives one."""
-        if self._rule not in MEASURED_RULES:
+        if not self._measured:
             return self._family.pooled
-        return self._readers.takes_pooled
+        return self._prompt_readers.takes_pooled
 
     @functools.cached_property
     def _extras(self) -> list[Mapping[str, Any]]:

@@ -9,7 +9,7 @@ import comfy.lora
 from torch import Tensor
 
 from ..erase_core.files.fingerprint import PACKED_WITHIN, SAME_WITHIN, fingerprint, same_fingerprint
-from ..erase_core.settings.layers import MEASURED_RULES, LayerRuleError, matching
+from ..erase_core.settings.layers import LayerRuleError, known_by_name, matching
 from ..erase_core.settings.settings import EraseSettings
 from .families import model_family
 from .packed import as_numbers, is_packed, unpatched
@@ -59,10 +59,7 @@ def _keys_by_rule(model, layers: str | None = None) -> dict[str, str]:
     """
     keys, family = matrix_keys(model), model_family(model)
     rule = layers or family.defaults.get("layers", EraseSettings.layers)
-    # Without a prediction it isn't known what reads the prompt; by name it is known well enough to
-    # know a model again.
-    rule = "prompt-fed" if rule in MEASURED_RULES else rule
-    return {name: keys[name] for name in matching(keys, rule)}
+    return {name: keys[name] for name in matching(keys, known_by_name(rule))}
 
 
 def matrix_keys(model) -> dict[str, str]:

@@ -7,7 +7,7 @@ import json
 from comfy_api.v0_0_2 import io, ui
 
 from ..erase_core import Erasure, report_markdown, report_numbers, verdict
-from .labels import map_picture
+from ..faces.labels import map_picture
 from .messages import id_of, preview, warn_all
 from .schema import CATEGORY, ErasureType, compatible
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.utils
-import torch
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..erase_core import KINDS, SettingsError
-from ..erase_core.method.suggest import Suggestion, suggest
+from ..erase_core.method.suggest import Rank, Suggestion, by_table, neighbours_of, suggest
 from ..erase_core.model.prompt import Encoded
 from ..erase_core.settings.families import FLUX, SD3, SDXL
 from ..erase_core.settings.texts import Concept, parse_concepts
@@ -22,6 +21,7 @@ from .messages import id_of, preview, show_progress_text, shown
 from .refusals import refusal
 from .runs import refuse_without_clip
 from .schema import CATEGORY, compatible
+from .stores import language_store
 from .tokens import row_ids
 from .vocabulary import numbered_vocabulary
 
@@ -67,14 +67,15 @@ class SuggestNames(io.ComfyNode):
         check_choice("kind", kind, KINDS)
         concepts = parse_concepts(erase)
         refuse_without_clip(clip)
-        reader, found = ClipReader(clip), []
+        reader, found, cache = ClipReader(clip), [], language_store()
         for number, concept in enumerate(concepts):
             bar = _bar(number, len(concepts), cls)
-            found.append(suggest(reader, concept, kind, ranked_by(clip, concept), bar))
+            rank = ranked_by(clip, concept, reader.words)
+            found.append(suggest(reader, concept, kind, rank, bar, cache))
         text = "\n".join(map(_said, found))
         show_progress_text("", None, id_of(cls))  # what is found stands in the text below
         names = "\n".join(one.line for one in found)
-        return io.NodeOutput(shown(names), shown(_neighbours(found)), ui=preview(text))
+        return io.NodeOutput(shown(names), shown("\n".join(neighbours_of(found))), ui=preview(text))
 
 
 class ClipReader:
@@ -82,6 +83,7 @@ class ClipReader:
 
     def __init__(self, clip: Any) -> None:
         self._clip, self._streams = clip, _streams_of(clip)
+        self.words = numbered_vocabulary(clip)
         self._together = batch_encoder(clip)
 
     def encode(self, prompts: Sequence[str], together: bool = False) -> list[Encoded]:
@@ -94,25 +96,20 @@ class ClipReader:
 
     def vocabulary(self) -> list[str]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""
-        return list(numbered_vocabulary(self._clip)[1])
+        return list(self.words[1])
 
 
-def ranked_by(clip, concept: Concept) -> Callable[[Sequence[str]], list[str]] | None:
+def ranked_by(clip, concept: Concept, words: tuple[str, Mapping[str, int]]) -> Rank | None:
     """How near words are likely to be to a concept, by the encoder's table of token embeddings.
 
     Words that have no token of their own come last. None where there is no such table.
+
+    Args:
+        words: the name of the encoder and its words with their ids.
     """
-    name, ids = numbered_vocabulary(clip)
+    name, ids = words
     table = _table(clip, name)
-    known = [ids[word] for text in concept.names for word in text.lower().split() if word in ids]
-    if table is None or not known or max(ids.values()) >= len(table):
-        return None
-    rows = table[list(ids.values())].detach().float().cpu()
-    middle = rows.mean(0)
-    wanted = table[known].detach().float().cpu() - middle
-    near = torch.cosine_similarity(rows[:, None] - middle, wanted[None], dim=-1).amax(1).tolist()
-    place = dict(zip(ids, near, strict=True))
-    return lambda words: sorted(words, key=lambda word: -place.get(word, -2.0))
+    return None if table is None else by_table(table, ids, concept)
 
 
 def _table(clip, name: str) -> Tensor | None:
@@ -149,13 +146,6 @@ def _said(found: Suggestion) -> str:
     names = ", ".join(found.names) or "none found"
     near = ", ".join(found.neighbours) or "none found"
     return f"{found.concept.text}: other names: {names}. Near things, to keep: {near}."
-
-
-def _neighbours(found: Sequence[Suggestion]) -> str:
-    """The neighbours of all concepts, one a line, without what is to be erased."""
-    erased = {name for one in found for name in (*one.concept.names, *one.names)}
-    near = dict.fromkeys(word for one in found for word in one.neighbours)
-    return "\n".join(word for word in near if word not in erased)
 
 
 def _inputs() -> list[Any]:

@@ -6,12 +6,25 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
-from ..erase_core.artefact.sheet import Drawing, Row, drawing_of, one_line, rows_of
+import torch
+from torch import Tensor
+
+from ..erase_core.artefact.sheet import (
+    Drawing,
+    Layout,
+    Row,
+    drawing_of,
+    fitted,
+    one_line,
+    rows_of,
+)
+from ..faces.labels import labelled
 from . import host, loras
 
 JOB = "Concept Surgery: before and after"
 STEPS, SAMPLER = 20, "Euler"
 LONGEST_CAPTION = 80
+COLUMNS = (0.0, 1.0)  # strengths
 Pair = tuple[Row, Any, Any]
 
 
@@ -28,8 +41,24 @@ def before_and_after(
         SettingsError: too many prompts, or lines that can't be read.
         InterruptedByUserError: the host's Interrupt was pressed.
     """
-    rows = rows_of(prompts, record)
-    drawing = drawing_of(
+    rows, drawing = rows_of(prompts, record), drawing_for(record, seed, steps)
+    tag = loras.tag_of(name)
+    return host.in_turn(
+        JOB,
+        lambda: [
+            (row, _picture(row.text, drawing), _picture(f"{row.text} {tag}", drawing))
+            for row in rows
+        ],
+    )
+
+
+def drawing_for(record: Mapping[str, Any], seed: int = 0, steps: int = STEPS) -> Drawing:
+    """How pictures of an erasure are drawn here.
+
+    Raises:
+        SettingsError: the file says something that no host can draw.
+    """
+    return drawing_of(
         record,
         negative="",
         seed=seed,
@@ -40,14 +69,25 @@ def before_and_after(
         width=0,
         height=0,
     )
-    tag = loras.tag_of(name)
-    return host.in_turn(
-        JOB,
-        lambda: [
-            (row, _picture(row.text, drawing), _picture(f"{row.text} {tag}", drawing))
-            for row in rows
-        ],
-    )
+
+
+def as_sheet(pairs: list[Pair], drawing: Drawing) -> Any:
+    """All pairs on one sheet with its labels, as ComfyUI's, untouched at the left; a PIL image."""
+    from PIL import Image
+
+    cells = [[fitted(_values(one)) for one in (before, after)] for _, before, after in pairs]
+    layout = Layout.of(cells)
+    caption = str(drawing).replace(" ,", ",")  # the scheduler is the host's own choice
+    labels = labelled(layout, [row for row, _, _ in pairs], COLUMNS, caption)
+    sheet = (layout.filled(labels, cells) * 255).round().byte().contiguous()
+    return Image.frombytes("RGB", layout.size, sheet.numpy().tobytes())
+
+
+def _values(picture: Any) -> Tensor:
+    """A PIL image as (height, width, 3) from 0 to 1."""
+    plain = picture.convert("RGB")
+    values = torch.frombuffer(bytearray(plain.tobytes()), dtype=torch.uint8)
+    return values.view(plain.height, plain.width, 3).float() / 255
 
 
 def as_gallery(pairs: list[Pair]) -> list[tuple[Any, str]]:
@@ -59,8 +99,8 @@ def as_gallery(pairs: list[Pair]) -> list[tuple[Any, str]]:
     return shown
 
 
-def as_sheet(pairs: list[Pair], most: int = 3) -> Any:
-    """One picture of the first pairs, before at the left and after at the right."""
+def as_preview(pairs: list[Pair], most: int = 3) -> Any:
+    """A picture for the host's card: the first pairs, before at the left and after at the right."""
     from PIL import Image
 
     width, height = pairs[0][1].size

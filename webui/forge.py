@@ -66,6 +66,8 @@ class ForgeDenoiser(WebuiDenoiser):
     def noisy_latent(self, noise: Tensor, sigma: Tensor) -> Tensor:
         """See :class:`erase_core.model.denoiser.Denoiser`."""
         sigma = sigma.to(noise.device)
+        if not hasattr(self.sampling, "noise_scaling"):  # Forge Classic's samplers do it themselves
+            return super().noisy_latent(noise, sigma)
         nothing = torch.zeros_like(noise)
         return self.sampling.noise_scaling(sigma, noise.clone(), nothing, max_denoise=True)
 

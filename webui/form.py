@@ -14,7 +14,15 @@ from ..erase_core.settings.widgets import check_choice, settings_of
 REUSE_INPUT = "stored_result"
 MAIN = ("erase", "replace_with", "keep", "negative_prompts", "kind", "preset", "training_seed")
 WHOLE = ("training_seed", "steps", "rank", "batch", "trajectories", "captions", "resolution")
-NUMBERS = ("learning_rate", "eta", "protection", "drift_weight", "keep_weight", "stop_below")
+NUMBERS = (
+    "learning_rate",
+    "eta",
+    "protection",
+    "keep_room",
+    "drift_weight",
+    "keep_weight",
+    "stop_below",
+)
 CHOICES = ("model_type", "form", "layers", "null_score", "templates", REUSE_INPUT)
 INPUTS = (*MAIN, *(name for name in (*WHOLE, *NUMBERS, *CHOICES) if name not in MAIN))
 _PROMPTS = ("keep", "negative_prompts")

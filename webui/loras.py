@@ -101,12 +101,16 @@ def refuse_unspeakable(filename: str) -> None:
 
 def _loras() -> dict[str, Path]:
     """Every file that can be a LoRA, by the name that prompts use."""
+    from modules import shared
+
     found: dict[str, Path] = {}
-    for folder, folders, names in os.walk(loras_folder(), followlinks=True):
-        folders.sort()
-        for name in sorted(names):
-            if name.endswith(SUFFIX):
-                found.setdefault(name.removesuffix(SUFFIX), Path(folder) / name)
+    # Forge Neo takes further folders, whose files count where the first has none of that name.
+    for where in (loras_folder(), *(getattr(shared.cmd_opts, "lora_dirs", None) or ())):
+        for folder, folders, names in os.walk(where, followlinks=True):
+            folders.sort()
+            for name in sorted(names):
+                if name.endswith(SUFFIX):
+                    found.setdefault(name.removesuffix(SUFFIX), Path(folder) / name)
     return found
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 from ..erase_core import Progress
+from ..erase_core.artefact.chart import PAPER, Line, neighbour_chart
 from ..erase_core.run.meter import CurvePoint
 from .jobs import CANCELLED, DONE, FAILED, RUNNING, WAITING, Job
 
@@ -104,6 +106,33 @@ def curve(points: Sequence[CurvePoint]) -> str:
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="100%" role="img" '
         f'aria-label="curve of the training">{axis}{lines}</svg>{named}'
+    )
+
+
+def chart(record: Mapping[str, Any] | None) -> str:
+    """The map of what else changes, an SVG; "" where nothing is trained yet."""
+    if record is None:
+        return ""
+    found = neighbour_chart(record)
+    boxes = "".join(
+        f'<rect x="{box.left}" y="{box.top}" width="{box.right - box.left}" '
+        f'height="{box.bottom - box.top}" fill="rgb{box.colour}"/>'
+        for box in found.boxes
+    )
+    return (
+        f'<svg viewBox="0 0 {found.width} {found.height}" width="100%" role="img" '
+        f'aria-label="what is gone, what was kept, what else changes">'
+        f'<rect width="{found.width}" height="{found.height}" fill="rgb{PAPER}"/>'
+        f"{boxes}{''.join(map(_text, found.lines))}</svg>"
+    )
+
+
+def _text(line: Line) -> str:
+    """A line in a frame of its own, so that it ends at its width."""
+    return (
+        f'<svg x="{line.left}" y="{line.top}" width="{line.width}" height="{line.size * 5 // 4}">'
+        f'<text y="{line.size}" font-size="{line.size}" font-family="sans-serif" '
+        f'fill="rgb{line.colour}">{escape(line.text)}</text></svg>'
     )
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import gradio as gr
 
-from ..erase_core import KINDS, PRESETS, ErasureFileError, SettingsError
+from ..erase_core import KINDS, PRESETS, EraseSettings, ErasureFileError, SettingsError
 from ..erase_core.artefact.identity import REUSE
 from ..erase_core.settings.layers import LAYER_RULES
 from ..erase_core.settings.settings import FORMS, NULL_SCORES
 from ..erase_core.settings.widgets import AS_PRESET, AUTO, MODEL_TYPES
-from . import draw, form, loras, shown
+from . import draw, form, loras, shown, suggest
 from .errors import InterruptedByUserError
 from .jobs import ENDED, JOBS, Job, NoSuchJobError, told
 
@@ -34,6 +34,7 @@ def build() -> gr.Blocks:
         with gr.Row():
             with gr.Column():
                 inputs = {**_main_inputs(), **_expert_inputs()}
+                names = _names()
                 with gr.Row():
                     train = gr.Button("Train", variant="primary", elem_id=f"{ID}_train")
                     stop = gr.Button("Stop and keep", elem_id=f"{ID}_stop")
@@ -57,8 +58,10 @@ def build() -> gr.Blocks:
             kept["draw"],
             draw_job,
             [number, kept["filename"], kept["prompts"]],
-            [kept["gallery"], *saving],
+            [kept["gallery"], kept["sheet"], *saving],
         )
+        read = [inputs["erase"], inputs["kind"]]
+        _at_once(names["suggest"], suggest_job, read, [names[name] for name in _NAMES])
     return tab
 
 
@@ -78,7 +81,7 @@ def start(*values: Any) -> Iterator[tuple[Any, ...]]:
     try:
         job = JOBS.start(dict(zip(form.INPUTS, values, strict=True)))
     except (SettingsError, ValueError) as error:
-        yield "", shown.status(None, message=told(error)), "", [], ""
+        yield "", shown.status(None, message=told(error)), "", [], "", ""
         return
     yield from _follow(job)
 
@@ -88,7 +91,7 @@ def follow_latest() -> Iterator[tuple[Any, ...]]:
     try:
         job = JOBS.get("")
     except NoSuchJobError:
-        yield "", shown.status(None), "", [], ""
+        yield "", shown.status(None), "", [], "", ""
         return
     yield from _follow(job)
 
@@ -104,6 +107,7 @@ def _follow(job: Job) -> Iterator[tuple[Any, ...]]:
             shown.status(job, JOBS.before(job)),
             shown.curve(job.curve),
             list(pictures) if changed else gr.update(),
+            shown.chart(None if job.erasure is None else job.erasure.record),
             job.report(markdown=True),
         )
         if ended:
@@ -149,15 +153,16 @@ def _saved(number: str, filename: str, picture: Any = None) -> tuple[str, str]:
     return loras.tag_of(path.stem), shown.said(text)
 
 
-def draw_job(number: str, filename: str, prompts: str) -> tuple[Any, str, str]:
+def draw_job(number: str, filename: str, prompts: str) -> tuple[Any, Any, str, str]:
     """Draw before and after; the erasure is saved first, where it isn't yet."""
     try:
         tag, text = _saved(number, filename)
         job = JOBS.get(number)
         assert job.erasure is not None and job.saved is not None
-        pairs = draw.before_and_after(job.saved.stem, job.erasure.record, prompts)
-        tag, text = _saved(number, filename, draw.as_sheet(pairs))
-        return draw.as_gallery(pairs), tag, text
+        record = job.erasure.record
+        pairs = draw.before_and_after(job.saved.stem, record, prompts)
+        tag, text = _saved(number, filename, draw.as_preview(pairs))
+        return draw.as_gallery(pairs), draw.as_sheet(pairs, draw.drawing_for(record)), tag, text
     except (
         ErasureFileError,
         NoSuchJobError,
@@ -165,7 +170,17 @@ def draw_job(number: str, filename: str, prompts: str) -> tuple[Any, str, str]:
         InterruptedByUserError,
         RuntimeError,
     ) as error:
-        return gr.update(), "", shown.status(None, message=told(error))
+        return gr.update(), gr.update(), "", shown.status(None, message=told(error))
+
+
+def suggest_job(erase: str, kind: str) -> tuple[Any, Any, str]:
+    """Look for other names of what is to be erased, and for near things."""
+    try:
+        names, neighbours = suggest.suggestions(erase, kind)
+    except (SettingsError, InterruptedByUserError, RuntimeError) as error:
+        return gr.update(), gr.update(), shown.status(None, message=told(error))
+    text = "Look through them: what is near in the text encoder is no name of it for sure."
+    return names, neighbours, shown.said(text)
 
 
 # What there is to type and to see.
@@ -225,6 +240,11 @@ _EXPERT: dict[str, tuple[str, Any, str]] = {
     "drift_weight": ("Drift weight (soft form)", 1.0, "On the drift of the empty prompt."),
     "keep_weight": ("Keep weight (soft form)", 1.0, "On the drift of kept prompts."),
     "null_score": ("Null score (soft form)", list(NULL_SCORES), "Whose prediction counts."),
+    "keep_room": (
+        "Room beside kept prompts",
+        EraseSettings.keep_room,
+        "Less: more of them are exact, and other words change more.",
+    ),
     "stop_below": ("Stop below (share left)", AS_PRESET, "Ends early; 0 never does."),
     "batch": ("Batch (states per step)", AS_PRESET, "1 needs the least memory."),
     "trajectories": ("Trajectories (sampling runs)", AS_PRESET, "To learn from."),
@@ -250,13 +270,37 @@ def _expert_input(name: str, label: str, value: Any, hint: str) -> Any:
     return gr.Number(value, **named)
 
 
+_NAMES = ("lines", "neighbours", "found")
+
+
+def _names() -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    with gr.Accordion("Other names, and what is near", open=False, elem_id=f"{ID}_names"):
+        made["suggest"] = gr.Button("Suggest names", elem_id=f"{ID}_suggest")
+        for name, text in (
+            ("lines", "The lines under Erase with other names, to be copied there"),
+            ("neighbours", "Near things that you may want to keep"),
+        ):
+            made[name] = gr.Textbox(
+                label=text, lines=2, show_copy_button=True, elem_id=f"{ID}_{name}"
+            )
+        made["found"] = gr.HTML("", elem_id=f"{ID}_found")
+    return made
+
+
 def _outputs() -> dict[str, Any]:
+    """What a run shows, in the order in which it is told; the chart begins with the verdict."""
+    status = gr.HTML(shown.status(None), elem_id=f"{ID}_status")
+    curve = gr.HTML("", elem_id=f"{ID}_curve")
+    chart = gr.HTML("", elem_id=f"{ID}_chart")
+    pictures = gr.Gallery(
+        label="Pictures of the training", columns=4, height=220, elem_id=f"{ID}_pictures"
+    )
     return {
-        "status": gr.HTML(shown.status(None), elem_id=f"{ID}_status"),
-        "curve": gr.HTML("", elem_id=f"{ID}_curve"),
-        "pictures": gr.Gallery(
-            label="Pictures of the training", columns=4, height=220, elem_id=f"{ID}_pictures"
-        ),
+        "status": status,
+        "curve": curve,
+        "pictures": pictures,
+        "chart": chart,
     }
 
 
@@ -282,4 +326,7 @@ def _saving() -> dict[str, Any]:
     )
     made["draw"] = gr.Button("Draw before and after", elem_id=f"{ID}_draw")
     made["gallery"] = gr.Gallery(label="Before and after", columns=2, elem_id=f"{ID}_gallery")
+    made["sheet"] = gr.Image(
+        label="All of it on one sheet", type="pil", interactive=False, elem_id=f"{ID}_sheet"
+    )
     return made

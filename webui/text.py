@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..erase_core.method.alignment import vector_id
-from ..erase_core.method.words import words_among
+from ..erase_core.method.words import numbered_words
 from ..erase_core.model.prompt import Encoded
 from .errors import UnsupportedModelError
 
@@ -87,7 +87,11 @@ class TextReader:
 
     def vocabulary(self) -> list[str]:
         """The words that the text encoder has tokens for; none where it doesn't list them."""
-        return words_among({number: token for token, number in self._list_of_tokens().items()})
+        return list(self.numbered_vocabulary())
+
+    def numbered_vocabulary(self) -> dict[str, int]:
+        """The same words, with the number of each."""
+        return numbered_words({number: token for token, number in self._list_of_tokens().items()})
 
     def _vector(self, got: Learned, number: int) -> Tensor | None:
         if not self._pooled:

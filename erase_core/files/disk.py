@@ -29,6 +29,7 @@ ABANDONED_SECONDS = 24 * 3600
 LONGEST_HEADER = 100_000_000  # as the format's own library has it
 LONGEST_LISTED = 8_000_000  # bytes, of files that are only looked at; ours have far below 1 MB
 LONGEST_REASON = 200  # letters: names that stand in the file are quoted
+METADATA, ALIGNMENT = "__metadata__", 8  # bytes: the format's
 NUMBERS = frozenset({"F16", "F32", "F64"})  # of the tensors that this pack writes
 
 _TEMPORARY = ".concept-surgery-{}.tmp"
@@ -60,7 +61,7 @@ def has_mark(path: Path, mark: str) -> bool:
         # Most files of a folder are others', and looking for bytes is quicker than reading JSON.
         if json.dumps(mark).encode() not in header:
             return False
-        metadata = _entries(header).get("__metadata__")
+        metadata = _entries(header).get(METADATA)
     except (OSError, DamagedFileError):
         return False
     return isinstance(metadata, dict) and mark in metadata
@@ -86,7 +87,7 @@ def read_safetensors(path: Path, mark: str) -> tuple[dict[str, str], dict[str, T
             raise DamagedFileError("it ends before its header does")
         header = file.read(length)
         entries = _entries(header)
-        metadata = entries.pop("__metadata__", {})
+        metadata = entries.pop(METADATA, {})
         if not isinstance(metadata, dict) or mark not in metadata:
             return {}, {}
         rest = file.read()
@@ -154,7 +155,14 @@ def create_whole(path: Path, data: bytes) -> None:
 def _bytes_of(tensors: Mapping[str, Tensor], info: dict[str, str]) -> bytes:
     # The library can write files, too, but under names that nobody could clear up after, and
     # readable by their owner alone.
-    return save(dict(tensors), metadata=info)
+    return save(dict(tensors), metadata=info) if tensors else _no_tensors(info)
+
+
+def _no_tensors(info: dict[str, str]) -> bytes:
+    """A file with metadata alone; version 0.4.2 of the library writes its header in two pieces."""
+    header = json.dumps({METADATA: info}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % ALIGNMENT)
+    return len(header).to_bytes(8, "little") + header
 
 
 @contextmanager

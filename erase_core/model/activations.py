@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.checkpoint import checkpoint
 
 # Gradients and results that backward holds in passing, in shares of what is kept of a block.
 # Measured on shrunken models of SD1.5, SDXL, SD3 and Flux: 0.1 to 0.8 of the largest.
@@ -41,6 +40,8 @@ class Recompute:
 
     def __call__(self, block: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
         """Run the block; it must give the same when it is run again, so without dropout."""
+        from torch.utils.checkpoint import checkpoint  # half a second, since it imports sympy
+
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
 
 

@@ -107,6 +107,11 @@ def matching(names: Iterable[str], rule: str) -> list[str]:
     return found
 
 
+def known_by_name(rule: str) -> str:
+    """A rule by names in place of one that needs predictions: enough to know a model again."""
+    return "prompt-fed" if rule in MEASURED_RULES else rule
+
+
 def reads_prompt(name: str) -> bool:
     """Whether the matrix is applied to the token embeddings of the prompt, and to nothing else."""
     patterns = [pattern for rule in PROMPT_NAMES for pattern in LAYER_RULES[rule]]

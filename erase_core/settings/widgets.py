@@ -44,7 +44,7 @@ def settings_of(widgets: Mapping[str, Any], family: Family | None = None) -> Era
         )
     }
     as_they_are = ["keep", "negative_prompts", "kind", "templates", "eta"]
-    as_they_are += ["drift_weight", "keep_weight", "null_score"]
+    as_they_are += ["keep_room", "drift_weight", "keep_weight", "null_score"]
     chosen = {
         name: None if _is(AUTO, widgets.get(name, AUTO)) else widgets[name]
         for name in ("form", "layers")

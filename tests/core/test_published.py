@@ -70,11 +70,20 @@ def test_the_list_of_published_files_is_the_pack(archive):
     assert {name.split("/")[0] for name in names if name.endswith(".py")} == {
         "__init__.py",
         "install.py",
+        "faces",
         "nodes",
         "erase_core",
     }
     whole = {"LICENSE", "README.md", "pyproject.toml", "requirements.txt", "web"}
-    whole |= {"__init__.py", "install.py", "nodes", "erase_core", "example_workflows", "docs"}
+    whole |= {
+        "__init__.py",
+        "install.py",
+        "nodes",
+        "faces",
+        "erase_core",
+        "example_workflows",
+        "docs",
+    }
     whole |= {"locales"}
     assert {name.split("/")[0] for name in names} == whole
     size = sum(item.compress_size for item in archive.infolist())

@@ -19,8 +19,10 @@ from concept_surgery.erase_core import (
     report_text,
 )
 from concept_surgery.erase_core.artefact.unfinished import Part, UnfinishedStore
+from concept_surgery.erase_core.files import disk
 from concept_surgery.erase_core.run import journal, training
 from concept_surgery.erase_core.run.journal import Journal
+from safetensors import safe_open
 
 from .toy import ToyDenoiser
 
@@ -321,6 +323,23 @@ def test_a_part_comes_back_as_it_went_and_damage_counts_as_absent(tmp_path):
     for bad in ("../x.training", "", f"{KEYS[0]}.a/b", KEYS[0]):
         with pytest.raises(KeyError):
             store[bad]
+
+
+def test_a_part_without_tensors_comes_back_whatever_the_library_makes_of_it(tmp_path, monkeypatch):
+    # Version 0.4.2, which Automatic1111 and Forge have, writes such a header in two pieces.
+    def refuse_none(tensors, metadata):
+        assert tensors, "the library was asked to write no tensors"
+        return disk_save(tensors, metadata=metadata)
+
+    disk_save = disk.save
+    monkeypatch.setattr(disk, "save", refuse_none)
+    store = UnfinishedStore(tmp_path)
+    store[f"{KEYS[0]}.about"] = Part({"a": ["猫", '"', 0.1]})
+    assert store[f"{KEYS[0]}.about"] == Part({"a": ["猫", '"', 0.1]})
+    store[f"{KEYS[0]}.training"] = some_part()
+    assert f"{KEYS[0]}.training" in store
+    with safe_open(tmp_path / f"{KEYS[0]}.about.safetensors", "pt") as file:  # a file like others
+        assert file.metadata() and not list(file.keys())
 
 
 def test_whole_runs_go_beyond_the_limits_those_used_longest_ago_first(tmp_path):

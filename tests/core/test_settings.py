@@ -20,6 +20,7 @@ from concept_surgery.erase_core.settings.prompts import (
     with_article,
 )
 from concept_surgery.erase_core.settings.texts import Concept, parse_concepts
+from concept_surgery.erase_core.settings.widgets import settings_of
 
 
 @pytest.mark.parametrize(
@@ -214,3 +215,10 @@ def test_every_template_names_the_concept_only_where_it_should():
 )
 def test_articles(concept, expected):
     assert with_article(concept) == expected
+
+
+def test_the_room_beside_kept_prompts_reaches_the_run():
+    assert settings_of({"erase": "cat", "keep_room": 0.05}).keep_room == 0.05
+    assert settings_of({"erase": "cat"}).keep_room == EraseSettings.keep_room
+    with pytest.raises(SettingsError, match="0.25 is usual"):
+        settings_of({"erase": "cat", "keep_room": 0})

@@ -166,8 +166,8 @@ def alphas_cumprod():
     return torch.cumprod(1 - betas, 0).float()
 
 
-class Predictor(nn.Module):
-    """Forge's ``predictor`` and Classic's ``model_sampling`` answer alike."""
+class ModelSampling(nn.Module):
+    """Classic's ``model_sampling``, which leaves the noise to its samplers."""
 
     def __init__(self, predicts_v=False):
         super().__init__()
@@ -193,6 +193,10 @@ class Predictor(nn.Module):
         if self.predicts_v:
             return x / (level**2 + 1) - output * level / (level**2 + 1).sqrt()
         return x - output * level
+
+
+class Predictor(ModelSampling):
+    """Forge's ``predictor``, and reForge's ``model_sampling``."""
 
     def noise_scaling(self, sigma, noise, latent, max_denoise=False):
         noise = noise * ((1 + sigma**2).sqrt() if max_denoise else sigma)
@@ -282,7 +286,8 @@ class FakeForgeEngine:
 
     def __init__(self, network, encoder, family="sd1", predicts_v=False, classic=False):
         setattr(self, f"is_{family}", True)
-        model = KModel(network, Predictor(predicts_v), classic)
+        predictor = (ModelSampling if classic else Predictor)(predicts_v)
+        model = KModel(network, predictor, classic)
         model.layers_by_name = {}
         unet, clip = Patcher(model), SimpleNamespace(patcher=Patcher(encoder))
         encoder.layers_by_name = {}

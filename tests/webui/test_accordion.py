@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from concept_surgery.erase_core import ErasureFileError, SettingsError
@@ -108,6 +110,16 @@ def test_the_list_is_of_erasures_alone(a1111, tiny):
     save_file({"lora_unet_x.lora_up.weight": torch.zeros(1, 1)}, other)
     path.with_name("damaged.safetensors").write_bytes(b"x")
     assert loras.erasures() == ["no_cat"]
+    more = a1111.folder / "more"  # as Forge Neo's --lora-dirs names it
+    more.mkdir()
+    for name in ("no_cat", "no_cat_either"):
+        shutil.copy2(path, more / f"{name}.safetensors")
+    a1111.shared.cmd_opts.lora_dirs = [str(more)]
+    try:
+        assert loras.erasures() == ["no_cat", "no_cat_either"]
+        assert loras.path_of("no_cat") == path
+    finally:
+        del a1111.shared.cmd_opts.lora_dirs
 
 
 def test_the_weights_are_put_back_after_it(fake, tiny):

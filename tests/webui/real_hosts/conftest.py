@@ -14,6 +14,7 @@ from .webui_host import KINDS, WebuiHost
 
 FOLDER = os.environ.get("WEBUI_FOLDER", "")
 KIND = os.environ.get("WEBUI_KIND", "")
+ARGUMENTS = tuple(os.environ.get("WEBUI_ARGUMENTS", "").split())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,7 +28,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def new_host(work: Path, **how: object) -> WebuiHost:
-    """The host with the extension and the models in a folder of its own; not yet started."""
+    """The host with the extension and the models in a folder of its own; not yet started.
+
+    The variable WEBUI_ARGUMENTS has more of its command line.
+    """
+    how["arguments"] = (*ARGUMENTS, *how.get("arguments", ()))  # type: ignore[misc]
     host = WebuiHost(Path(FOLDER).absolute(), KIND, work, **how)  # type: ignore[arg-type]
     models.install(host)
     return host

@@ -11,6 +11,8 @@ from .webui_host import WebuiHost
 ROUTES = "/concept-surgery/v1"
 ENDED = ("done", "cancelled", "failed")
 QUICK = {**TRAINING, "stored_result": "train again"}
+# For what is to be seen at all in a host that is slow.
+SHORT = {"captions": 16, "steps": 4, "trajectories": 2, "rank": 6}
 
 
 def start(host: WebuiHost, **values: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from .comfy_side import TRAINING
 from .page import Page
 
 ID = "#concept_surgery"
+NAMES = ("erase", "replace_with", "keep", "training_seed", "resolution", "captions")
+NAMES += ("steps", "trajectories")
 SHOTS = os.environ.get("WEBUI_SCREENSHOTS")
 
 
@@ -42,8 +45,9 @@ def fill_in(page: Page, **values: object) -> None:
     """The values of the comparison with ComfyUI, with some changed."""
     given = {**TRAINING, **values}
     page.tab("Concept Surgery")
-    for name in ("erase", "replace_with", "keep", "training_seed", "resolution", "captions"):
-        page.type(f"{ID}_{name}", given[name])
+    for name in NAMES:
+        if name in given:
+            page.type(f"{ID}_{name}", given[name])
 
 
 def test_a_person_trains_saves_and_applies_with_the_mouse(host, page):
@@ -51,7 +55,7 @@ def test_a_person_trains_saves_and_applies_with_the_mouse(host, page):
     fill_in(page, training_seed=21)
     page.click(f"{ID}_train")
     page.wait_for_text(f"{ID}_status", "Training")
-    page.wait_for_text(f"{ID}_status", "left", 300)
+    page.wait_for_text(f"{ID}_status", "left", 1500)  # language is read before
     shoot(page, "tab-training")
     page.wait_for_text(f"{ID}_status", "ended well")
     report = page.text(f"{ID}_report")
@@ -108,3 +112,41 @@ def test_cancel_and_wrong_values_say_so_in_a_sentence(host, page):
     page.click(f"{ID}_train")
     page.wait_for_text(f"{ID}_status", "erase", 60)
     assert surgery.look(host, "latest")["state"] == "cancelled"
+
+
+def test_names_the_chart_and_the_sheet_are_shown(host, page):
+    fill_in(page, training_seed=24, captions=16, steps=30, trajectories=4)
+    page.click(f"{ID}_train")
+    page.wait_for_text(f"{ID}_status", "ended well", 1500)
+    assert "nobody named" in page.text(f"{ID}_chart")
+    page.type(f"{ID}_filename", "on_a_sheet")
+    page.type(f"{ID}_prompts", "a photo of a cat\na photo of a dog")
+    page.click(f"{ID}_draw")
+    page.browser.wait_for(f"!!cs.find('{ID}_sheet img')", 600)
+    assert (host.loras / "on_a_sheet.preview.png").exists()
+    page.unfold(f"{ID}_names")
+    page.click(f"{ID}_suggest")
+    page.wait_for_text(f"{ID}_found", "Look through", 600)
+    assert page.value(f"{ID}_lines").startswith("cat")
+    assert page.value(f"{ID}_neighbours")
+    shoot(page, "tab-result")
+
+
+def test_after_the_hosts_reload_ui_everything_is_there_once(host, page):
+    number = surgery.train(host, **surgery.SHORT)
+    surgery.save(host, number, "before_the_reload")
+    state, picture = host.get("/probe/state"), host.draw("a photo of a cat")
+    starts = host.text().count("Startup time")
+    page.click("#settings_restart_gradio")
+    deadline = time.monotonic() + 600
+    while host.text().count("Startup time") == starts:
+        assert time.monotonic() < deadline, host.text()[-2000:]
+        time.sleep(1)
+    page.open()
+    for css in (f"{ID}_train", "#txt2img_concept_surgery", "#img2img_concept_surgery"):
+        assert page.browser.run(f"cs.root().querySelectorAll('{css}').length") == 1, css
+    assert host.get("/probe/state") == state
+    assert np.array_equal(host.draw("a photo of a cat"), picture)
+    drawn, info = host.drawn("a photo of a cat", **surgery.accordion("before_the_reload"))
+    assert not np.array_equal(drawn, picture) and info.count("before_the_reload") == 1
+    assert surgery.look(host, number)["state"] == "done"

@@ -40,16 +40,17 @@ _ALWAYS = (
     "--skip-python-version-check",
     "--skip-version-check",
     "--skip-torch-cuda-test",
-    "--no-download-sd-model",
     "--api",
     "--disable-console-progressbars",
 )
+# What some of them download at their start unless they are told not to.
+_NOTHING_DOWNLOADED = ("--no-download-sd-model", "--do-not-download-clip")
 # And what they call the CPU.
 _CPU = {
-    "a1111": ("--use-cpu", "all", "--no-half", "--do-not-download-clip"),
-    "forge": ("--always-cpu", "--do-not-download-clip"),
-    "classic": ("--always-cpu",),
-    "reforge": ("--always-cpu", "--do-not-download-clip"),
+    "a1111": ("--use-cpu", "all", "--no-half", *_NOTHING_DOWNLOADED),
+    "forge": ("--always-cpu", *_NOTHING_DOWNLOADED),
+    "classic": ("--always-cpu", "--no-download-sd-model"),
+    "reforge": ("--always-cpu", *_NOTHING_DOWNLOADED),
     "neo": ("--cpu",),
 }
 # The emoji model draws with a TAESD. The default emphasis divides by the mean of the embedding,
@@ -65,6 +66,7 @@ _SETTINGS: dict[str, Any] = {
     "show_progress_every_n_steps": -1,
     "lora_in_memory_limit": 0,
     "disable_all_extensions": "none",
+    "VERSION_UID": "PY313",  # without it Forge Neo takes them for an old version's, and asks
 }
 
 

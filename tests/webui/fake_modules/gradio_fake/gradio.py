@@ -28,4 +28,4 @@ def update(**named):
 
 
 Blocks = Row = Column = Accordion = Textbox = Dropdown = Number = Button = Component
-State = HTML = Gallery = Markdown = Slider = Checkbox = Component
+State = HTML = Image = Gallery = Markdown = Slider = Checkbox = Component

@@ -1,8 +1,9 @@
-"""Which layers of the host's network read the prompt alone, and what they read of a prompt."""
+"""Which layers of a host's network read the prompt alone, and what they read of a prompt."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..erase_core.method.subspace import extend_basis, remove_span
-from ..erase_core.model.prompt import POOLED, TOKENS, Encoded, Read
-from ..erase_core.model.readers import (
+from ..model.denoiser import Denoiser
+from ..model.prompt import POOLED, TOKENS, Encoded, Read
+from ..model.readers import (
     FIRST,
     FoundReaders,
     ReaderGroup,
@@ -23,11 +24,14 @@ from ..erase_core.model.readers import (
     find_readers,
     read_inputs,
 )
+from ..settings.layers import FIRST_READERS, MEASURED_RULES
+from .subspace import extend_basis, remove_span
 
 # Sides of the latents that the network is tried on: some divide by zero on the smallest.
 SIDES = (8, 64)
 # Prompts of which two are as long as each other in any text encoder.
 _PROBES = tuple(f"a photo of a {word}" for word in ("cat", "dog", "car", "tree", "ship", "house"))
+_LEVELS = 6  # of the schedule that noise levels are taken from
 MASK = "attention_mask"
 AT_ONCE = 16  # prompts that are read in one forward
 MATRIX = 2  # dimensions of one
@@ -366,6 +370,71 @@ class PromptReaders:
                 yield _Way(POOLED, group, True)
             else:
                 yield _Way(group.first, group, False)
+
+
+class ReadingDenoiser(Denoiser):
+    """A denoiser that finds out what reads prompts, where its layer rule doesn't name it."""
+
+    _rule: str = ""
+    _latent_pixels: int = 8  # of a picture, to one of a latent
+
+    @property
+    def _measured(self) -> bool:
+        return self._rule in MEASURED_RULES
+
+    @abstractmethod
+    def _find_readers(self) -> PromptReaders:
+        """What reads prompts, by predictions."""
+
+    @cached_property
+    def _prompt_readers(self) -> PromptReaders:
+        return self._find_readers()
+
+    def _readers_in(
+        self,
+        network: nn.Module,
+        keys: Mapping[str, str],
+        run: Run,
+        encode: Callable[[Sequence[str]], list[Encoded]],
+        pixels: int,
+    ) -> PromptReaders:
+        """See :class:`PromptReaders`; by this denoiser's rule, on latents that it makes."""
+        first_only = self._rule == FIRST_READERS
+        return PromptReaders(network, keys, run, encode, self._small_latents, pixels, first_only)
+
+    def _small_latents(self, side: int) -> list[tuple[Tensor, Tensor]]:
+        """Two latents (1, *shape) of one seed, each at a noise level of its own, (1,)."""
+        shape = self.latent_shape(side * self._latent_pixels)
+        random = torch.Generator().manual_seed(0)
+        levels = self.sigmas(_LEVELS).to(self.device)[[1, 3]]
+        noises = [torch.randn(1, *shape, generator=random).to(self.device) for _ in levels]
+        return [(self.noisy_latent(n, s), s[None]) for n, s in zip(noises, levels, strict=True)]
+
+    @cached_property
+    def ways(self) -> Mapping[str, Sequence[str]]:
+        """See :class:`Denoiser`."""
+        return self._prompt_readers.ways if self._measured else super().ways
+
+    def read(self, prompts: Sequence[Encoded]) -> None:
+        """See :class:`Denoiser`."""
+        if self._measured:
+            self._prompt_readers.read(prompts)
+
+    @property
+    def found_readers(self) -> Sequence[FoundReaders]:  # type: ignore[override]
+        """See :class:`Denoiser`."""
+        return self._prompt_readers.found if self._measured else ()
+
+    @property
+    def reading_cost(self) -> float:  # type: ignore[override]
+        """See :class:`Denoiser`."""
+        return self._prompt_readers.cost_of_reading if self._measured else 0.0
+
+    @property
+    def own_cost(self) -> float:  # type: ignore[override]
+        """See :class:`Denoiser`."""
+        readers = vars(self).get("_prompt_readers")
+        return 0.0 if readers is None else readers.cost
 
 
 def _as_long(prompts: Sequence[Encoded]) -> list[Encoded]:
