@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..erase_core import EraseSettings, Erasure, Meter, Preview, Progress
+from ..erase_core.artefact.verdict import verdict
 from ..erase_core.run.meter import DRAWN, ERASED, KEPT
 from ..erase_core.run.recorded import thinned
 from .messages import send_event, shown
@@ -60,6 +61,7 @@ class LiveRun:
         self._settings, self._meter = settings, meter
         self._previewer: Previewer | None = previewer
         self._state, self._note, self._stage = RUNNING, "", "Getting ready"
+        self._verdict = ""  # what came of it, in words
         self._figures: dict[str, Any] = {"share": 0.0, "step": 0, "steps": 0}
         self._figures |= {"seconds_left": None, "stopping": False}
         self._curve: list[list[float | None]] = []
@@ -159,6 +161,7 @@ class LiveRun:
             pictures[erasure.identity] = self._as_one()
         self._curve = [list(point) for point in record.get("curve", ())]
         self._figures |= {"step": record["steps_done"], "steps": self._settings.steps}
+        self._verdict = "\n".join(verdict(record))
         self.end(state, note)
 
     def snapshot(self, pictures: bool = True) -> dict[str, Any]:
@@ -173,6 +176,7 @@ class LiveRun:
             "state": self._state,
             "stage": self._stage,
             "note": self._note,
+            "verdict": self._verdict,
             "curve": self._curve,
             "erases": shown("\n".join(concept.text for concept in self._settings.concepts)),
             **self._figures,

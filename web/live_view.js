@@ -80,6 +80,8 @@ export class LiveView {
     this.legend.append(this.remains, this.drift);
 
     this.pictures = made("div", { display: "flex", gap: "10px", flexWrap: "wrap" });
+    this.verdict = made("div", { whiteSpace: "pre-line", overflowWrap: "anywhere" });
+    this.verdict.className = "concept-surgery-verdict";
     this.note = made("div", { opacity: "0.85", overflowWrap: "anywhere" });
     this.button = made("button", { cursor: "pointer", alignSelf: "flex-start" }, "Stop and keep");
     this.button.type = "button";
@@ -100,7 +102,7 @@ export class LiveView {
       color: "var(--input-text, #ddd)",
     });
     this.element.className = "concept-surgery-run";
-    this.element.append(head, this.track, this.button, this.curve, this.legend);
+    this.element.append(head, this.track, this.button, this.verdict, this.curve, this.legend);
     this.element.append(this.pictures, this.note);
     for (const child of this.element.children) child.style.flexShrink = "0"; // or it is cut off
     this.empty = true;
@@ -120,6 +122,8 @@ export class LiveView {
     this.track.style.display = running ? "" : "none";
     this.showCurve(Array.isArray(run.curve) ? run.curve : []);
     if (Array.isArray(run.pictures)) this.showPictures(run.pictures, running);
+    this.verdict.textContent = running ? "" : String(run.verdict ?? "");
+    this.verdict.style.display = this.verdict.textContent ? "" : "none";
     this.note.textContent = String(run.note ?? "");
     this.note.style.display = run.note ? "" : "none";
     this.button.style.display = running ? "" : "none";

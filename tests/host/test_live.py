@@ -104,6 +104,9 @@ def test_the_page_is_told_all_the_way(server, stopped):
     assert any(run["stopping"] for run in stopped.runs if run["state"] == "running")
     assert {run["stage"].split(",")[0] for run in stopped.runs} >= {"Sampling states", "Training"}
     assert last["curve"][0][1] == 1 and len(last["curve"]) > 3
+    # What came of it, in the words that the report begins with.
+    assert first["verdict"] == "" and last["verdict"].splitlines()[0] in stopped.report
+    assert "cat" in last["verdict"]
     kinds = {picture["kind"]: picture for picture in last["pictures"]}
     assert set(kinds) == {"erased", "kept", "drawn"} and kinds["erased"]["label"] == "cat"
     for picture in last["pictures"]:

@@ -104,6 +104,8 @@ def test_a_training_is_watched_stopped_reloaded_and_gone_on_with(server, browser
     browser.run(f"{VIEW}.querySelector('button').click()")
     text = state(browser, "stopped")
     assert "of 2000 steps and kept" in text and "Stop and keep" not in text
+    verdict = browser.run(f"{VIEW}.querySelector('.concept-surgery-verdict').innerText")
+    assert verdict.startswith("cat") and verdict in text
     assert browser.run(f"{VIEW}.querySelectorAll('img').length") == 5
     browser.screenshot(SHOTS / f"live-{renderer}-stopped.png")
 
