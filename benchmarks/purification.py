@@ -2,7 +2,8 @@
 
 On both small models, for erasures by *instant*, real pictures are purified with the settings of the
 node, in fewer steps: some that show the concept alone, some with something else beside it, on a
-page twice as wide, and some without it. The judge looks at each half by itself. Writes
+page twice as wide, and some without it. The judge looks at each half by itself. What is done is
+kept in ``build/unnamed/purification``, so that a run that was stopped goes on. Writes
 ``results/purification.json``, and for each model a picture with what was above what came of it.
 Settings were chosen on the emoji, with other erasures; nothing is chosen on the icons.
 """
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
+import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +31,15 @@ load_pack()
 
 from concept_surgery.erase_core import Erasure, erase, preset_settings  # noqa: E402
 from concept_surgery.erase_core.artefact.language_store import LanguageStore  # noqa: E402
-from concept_surgery.erase_core.method.inversion import inverted, psnr, sampled  # noqa: E402
+from concept_surgery.erase_core.method.inversion import (  # noqa: E402
+    MOST_GUESSES,
+    REMEMBERED,
+    RIDGE,
+    TOLERANCE,
+    inverted,
+    psnr,
+    sampled,
+)
 from concept_surgery.erase_core.run.purify import (  # noqa: E402
     Purified,
     purify,
@@ -44,6 +55,7 @@ from benchmarks.erasure.results import RESULTS  # noqa: E402
 from benchmarks.unnamed.worlds import WORK, identity, open_world  # noqa: E402
 
 SIDE, STEPS = 64, 10
+PARTS = WORK / "purification"
 CASES = {
     "emoji": ("dog", "truck => boat", "ink => flat"),
     "icons": ("shark => dolphin", "elephant", "pixel => sticker"),
@@ -53,7 +65,8 @@ OTHERS = {
     "emoji": ("house", "whale", "guitar", "cherry"),
     "icons": ("castle", "ghost", "camera", "trumpet"),
 }
-ALONE, BESIDE, WITHOUT, STYLED = 2, 2, 1, 2  # pictures of each kind for an erasure
+ALONE, BESIDE, WITHOUT, STYLED = 5, 4, 2, 4  # pictures of each kind for an erasure
+SHOWN = 16  # pictures on a sheet
 
 
 class Pictures:
@@ -128,35 +141,63 @@ def measure(
     pictures: Pictures, denoiser: Any, case: str, asked: Purification
 ) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
     """What became of each picture, and all of them before and after."""
-    concept, erasure = case.partition(" =>")[0], erased(pictures, denoiser, case)
+    concept, erasure = case.partition(" =>")[0], None
     style = concept in pictures.world.styles
     lines, shown = [], []
-    for page, things in asked_of(pictures, case):
-        prompt = f"a picture of {with_article(things[0])} in {concept} style" if style else ""
-        latent, began = pictures.latent(page), time.monotonic()
-        found = purify(latent, dataclasses.replace(asked, prompt=prompt), erasure, denoiser)
-        seconds = time.monotonic() - began
-        before, after = (pictures.pixels(one) for one in (latent, found.latent))
-        judged = pictures.judged(after)
-        pairs = zip(things, [name for name, _ in judged], strict=True)
-        lines.append(
-            {
-                "case": case,
-                "things": things,
-                "style": style,
-                "prompt": prompt,
-                "concerned": style or concept in things,
-                "gone": all(concept not in pair for pair in judged),
-                "kept": [thing == name for thing, name in pairs if thing != concept],
-                "judged": [list(pair) for pair in judged],
-                "redrawn": round(float(found.mask.mean()), 3),
-                "untouched": not bool(found.mask.any()),
-                "psnr": round(_psnr(pictures, found), 1),
-                "seconds": round(seconds, 1),
-            }
-        )
-        shown.append(np.concatenate([before, after], axis=1))
+    for number, (page, things) in enumerate(asked_of(pictures, case)):
+        kept = PARTS / f"{pictures.name}-{part_of(pictures, case, asked)}-{number}.npz"
+        if not kept.exists():
+            erasure = erasure or erased(pictures, denoiser, case)
+            prompt = f"a picture of {with_article(things[0])} in {concept} style" if style else ""
+            own = dataclasses.replace(asked, prompt=prompt)
+            line, both = purified(pictures, denoiser, erasure, concept, page, things, own)
+            PARTS.mkdir(parents=True, exist_ok=True)
+            beside = kept.with_suffix(f".{os.getpid()}.npz")
+            np.savez(beside, line=json.dumps({"case": case, **line}), both=both)
+            beside.rename(kept)
+        with np.load(kept) as part:
+            lines.append(json.loads(str(part["line"])))
+            shown.append(part["both"])
     return lines, shown
+
+
+def part_of(pictures: Pictures, case: str, asked: Purification) -> str:
+    """What the part results of a case depend on, as 12 hex digits."""
+    solver = (MOST_GUESSES, REMEMBERED, RIDGE, TOLERANCE)
+    told = [VERSION, identity(pictures.name), case, dataclasses.asdict(asked), solver]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+
+
+def purified(
+    pictures: Pictures,
+    denoiser: Any,
+    erasure: Erasure,
+    concept: str,
+    page: np.ndarray,
+    things: Sequence[str],
+    asked: Purification,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """What became of one picture, and the picture above what came of it."""
+    style, latent, began = concept in pictures.world.styles, pictures.latent(page), time.monotonic()
+    found = purify(latent, asked, erasure, denoiser)
+    seconds = time.monotonic() - began
+    before, after = (pictures.pixels(one) for one in (latent, found.latent))
+    judged = pictures.judged(after)
+    pairs = zip(things, [name for name, _ in judged], strict=True)
+    line = {
+        "things": things,
+        "style": style,
+        "prompt": asked.prompt,
+        "concerned": style or concept in things,
+        "gone": all(concept not in pair for pair in judged),
+        "kept": [thing == name for thing, name in pairs if thing != concept],
+        "judged": [list(pair) for pair in judged],
+        "redrawn": round(float(found.mask.mean()), 3),
+        "untouched": not bool(found.mask.any()),
+        "psnr": round(_psnr(pictures, found), 1),
+        "seconds": round(seconds, 1),
+    }
+    return line, np.concatenate([before, after], axis=1)
 
 
 def measure_inversion(pictures: Pictures, denoiser: Any, asked: Purification) -> dict[str, Any]:
@@ -171,7 +212,7 @@ def measure_inversion(pictures: Pictures, denoiser: Any, asked: Purification) ->
         return denoiser.predict_x0(x, torch.full((len(x),), sigma), [null] * len(x))
 
     found: dict[str, Any] = {}
-    for name, guesses in (("plain DDIM", 1), ("until it stands", 10)):
+    for name, guesses in (("plain DDIM", 1), ("until it stands", MOST_GUESSES)):
         begun = denoiser.forward_equivalents
         start = inverted(latents, sigmas, predict, guesses)[0]
         spent = (denoiser.forward_equivalents - begun) / len(latents)
@@ -189,7 +230,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Shares over all pictures of a model."""
 
     def share(values: Sequence[bool]) -> str:
-        return f"{sum(values)} of {len(values)}"
+        return f"{sum(values)} of {len(values)}" + f", {sum(values) / max(1, len(values)):.0%}"
 
     concerned = [line for line in lines if line["concerned"]]
     objects = [line for line in concerned if not line["style"]]
@@ -268,7 +309,7 @@ def main() -> None:
                     "pictures": lines,
                 }
                 path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-                sheet(shown, given.folder / f"purification_{name}.jpg")
+                sheet(shown[:: -(-len(shown) // SHOWN)], given.folder / f"purification_{name}.jpg")
                 print(name, case, json.dumps(summary(lines)), flush=True)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from comfy.sd1_clip import SDClipModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..erase_core.model.prompt import Encoded
 
@@ -124,7 +124,8 @@ def noted_pooled(clip: Any) -> Iterator[list[Tensor]]:
             noted.append(answer[1].float().cpu())
 
     model = getattr(clip, "cond_stage_model", None)
-    encoders = [m for m in model.modules() if isinstance(m, SDClipModel)] if model else []
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    encoders = [module for module in modules if isinstance(module, SDClipModel)]
     with ExitStack() as hooks:
         for encoder in encoders:
             hooks.callback(encoder.register_forward_hook(note).remove)

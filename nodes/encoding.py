@@ -44,13 +44,16 @@ def encode_null(clip) -> Encoded:
     return _encode_tokens(clip, clip.tokenize(""), pooled=None)
 
 
-def encode_prompts(clip, prompts: Sequence[str], pooled: bool = False) -> list[Encoded]:
+def encode_prompts(
+    clip, prompts: Sequence[str], pooled: bool | None = False, extras: bool = False
+) -> list[Encoded]:
     """The embeddings of each prompt, one by one, float32 on the CPU.
 
     Args:
-        pooled: whether the pooled vector goes along with the tokens.
+        pooled: whether the pooled vector goes along with the tokens; None is if there is one.
+        extras: whether what else the encoder gives does.
     """
-    return [_encode_tokens(clip, clip.tokenize(prompt), pooled) for prompt in prompts]
+    return [_encode_tokens(clip, clip.tokenize(prompt), pooled, extras) for prompt in prompts]
 
 
 def batch_encoder(clip) -> BatchEncoder:
@@ -63,17 +66,30 @@ def batch_encoder(clip) -> BatchEncoder:
     return BatchEncoder(clip, encode)
 
 
-def _encode_tokens(clip, tokens: Mapping[str, Any], pooled: bool | None) -> Encoded:
+def _encode_tokens(
+    clip, tokens: Mapping[str, Any], pooled: bool | None, extras: bool = False
+) -> Encoded:
     """With the pooled vector or without; None is with it if there is one."""
     comfy.model_management.throw_exception_if_processing_interrupted()
+    more: dict[str, Any] = {}
     # The encoder's weights are inference tensors: run it as the host does, copy what comes out.
     with torch.inference_mode():
-        rows, vector = clip.encode_from_tokens(tokens, return_pooled=True)
+        if extras:
+            more = dict(clip.encode_from_tokens(tokens, return_dict=True))
+            rows, vector = more.pop("cond"), more.pop("pooled_output", None)
+        else:
+            rows, vector = clip.encode_from_tokens(tokens, return_pooled=True)
     if pooled and vector is None:
         raise UnsupportedModelError(
             "The connected text encoder gives no pooled vector, which this model needs. Connect "
             "the CLIP that belongs to the model."
         )
     with_vector = vector is not None if pooled is None else pooled
-    kept = [rows, vector] if with_vector else [rows]
-    return Encoded(*(part[0].float().cpu().clone() for part in kept))
+    given = {name: _kept(value) for name, value in more.items() if value is not None}
+    own = [part[0].float().cpu().clone() for part in ((rows, vector) if with_vector else (rows,))]
+    return Encoded(own[0], own[1] if with_vector else None, given)
+
+
+def _kept(value: Any) -> Any:
+    """A copy of what the encoder gives, on the CPU; other things than tensors as they are."""
+    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value

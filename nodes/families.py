@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import comfy.model_base
 import comfy.supported_models
@@ -81,30 +80,29 @@ def trainable_family(model) -> Family:
 
 
 def refuse_if_it_takes_more(model, clip, family: Family) -> None:
-    """Only the tokens and the pooled vector of a prompt go to a model of a generic family.
+    """What a model of a generic family is given beside the noise comes from the text encoder.
 
     Raises:
-        UnsupportedModelError: the text encoder gives more than that, or the model wants more.
+        UnsupportedModelError: the model wants more.
     """
     with torch.inference_mode():
         given = dict(clip.encode_from_tokens(clip.tokenize(""), return_dict=True))
         tokens, pooled = given.pop("cond"), given.pop("pooled_output", None)
-        more = [name for name, value in given.items() if not _says_nothing(name, value)]
-        if more:
-            raise _unsupported(family, f"its text encoder also gives it {', '.join(more)}")
         shape = (1, *latent_shape(model, 8 * latent_pixels(model)))
         noise = with_frames(model, torch.zeros(shape))
         try:
             conditions = model.model.extra_conds(
-                noise=noise, device=noise.device, cross_attn=tokens, pooled_output=pooled
+                noise=noise,
+                device=noise.device,
+                cross_attn=tokens,
+                pooled_output=pooled,
+                **given,
             )
         except (KeyError, AttributeError, TypeError) as error:
             reason = f"it asks for more than a prompt ({type(error).__name__}: {error})"
-            raise _unsupported(family, reason) from error
-    if "c_crossattn" not in conditions:
-        raise _unsupported(family, "the host hands it the prompt in a way of its own")
+            raise unsupported(family, reason) from error
     if "c_concat" in conditions:
-        raise _unsupported(family, "it takes a picture or a mask beside the noise")
+        raise unsupported(family, "it takes a picture or a mask beside the noise")
 
 
 def latent_pixels(model) -> int:
@@ -137,15 +135,11 @@ def _generic(inner) -> Family:
 def _refuse_other_latents(inner, family: Family) -> None:
     dimensions = inner.latent_format.latent_dimensions
     if dimensions not in (PICTURE, VIDEO):
-        raise _unsupported(family, f"its latents have {dimensions} dimensions, a picture's has 2")
+        raise unsupported(family, f"its latents have {dimensions} dimensions, a picture's has 2")
 
 
-def _says_nothing(name: str, value: Any) -> bool:
-    """Whether the model is the same without it: nothing at all, or a mask that masks nothing."""
-    return value is None or (name == "attention_mask" and bool(value.all()))
-
-
-def _unsupported(family: Family, reason: str) -> UnsupportedModelError:
+def unsupported(family: Family, reason: str) -> UnsupportedModelError:
+    """The error of a model that isn't of a family."""
     return UnsupportedModelError(
         f"This model ({family.name}) can't be trained on: {reason}. Other architectures than "
         f"{', '.join(families.FAMILIES)} can be only if they draw pictures from the tokens of a "

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -18,9 +18,15 @@ from comfy.ldm.modules.diffusionmodules.mmdit import JointBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor, nn
 
+from ..erase_core.method.prompt_readers import (
+    MASK,
+    NoReadersError,
+    PromptReaders,
+    ReadingDenoiser,
+    shapes_of,
+)
 from ..erase_core.model.activations import BlockRun
 from ..erase_core.model.blocks import blocks_run_by
-from ..erase_core.model.denoiser import Denoiser
 from ..erase_core.model.low_rank import LowRankEdit, LowRankSidePath
 from ..erase_core.model.out_of_place import OutOfPlace
 from ..erase_core.model.prompt import Encoded, stack_pooled, stack_tokens
@@ -30,15 +36,17 @@ from .encoding import batch_encoder, encode_prompts, refuse_hooks
 from .exact import WRAPPER_TYPE, is_side_path, side_paths
 from .families import (
     UnsupportedModelError,
+    latent_pixels,
     latent_shape,
     refuse_if_it_takes_more,
     trainable_family,
+    unsupported,
     with_frames,
 )
 from .identity import model_identity
 from .kinds import refuse_another_kind
-from .matrices import base_fingerprint, trained_keys
-from .packed import like, numbers_of
+from .matrices import base_fingerprint, editable_keys, trained_keys
+from .packed import compute_with_numbers, like, numbers_of
 from .tokens import row_ids
 from .vocabulary import vocabulary
 
@@ -49,7 +57,7 @@ BLOCKS = (ResBlock, BasicTransformerBlock, JointBlock, DoubleStreamBlock, Single
 TRAINING_MEMORY_FACTOR = 3
 
 
-class ComfyDenoiser(Denoiser):
+class ComfyDenoiser(ReadingDenoiser):
     """The host's MODEL and CLIP as the engine's denoiser.
 
     The model's module is never touched: the denoiser runs a twin of it whose parameters lie over
@@ -92,8 +100,10 @@ class ComfyDenoiser(Denoiser):
             refuse_if_it_takes_more(model, clip, self._family)
         self.base = {"name": base_name, "fingerprint": base_fingerprint(model)}
         self._model, self._clip = with_resident_weights(model), clip
-        self._keys = trained_keys(model, layers)
-        self.names = self._keys.keys()
+        self._rule = layers or self._family.defaults.get("layers", "")
+        if not self._measured:
+            self._keys = trained_keys(model, layers)
+        self._resolution, self._latent_pixels = resolution, latent_pixels(model)
         self.device = model.load_device
         # Nodes upstream may have chosen it, on the patcher.
         self.dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
@@ -107,7 +117,7 @@ class ComfyDenoiser(Denoiser):
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
-        for made in ("_twin", "_modules", "_side_path"):
+        for made in ("_twin", "_modules", "_side_path", "_prompt_readers"):
             vars(self).pop(made, None)
 
     @functools.cached_property
@@ -116,6 +126,41 @@ class ComfyDenoiser(Denoiser):
         with _host_moves_weights():
             comfy.model_management.load_models_gpu([self._model], memory_required=memory)
         return twin_of(self._model)
+
+    @functools.cached_property
+    def _keys(self) -> Mapping[str, str]:
+        """Host keys of the matrices that train, by LoRA name."""
+        keys = editable_keys(self._model)
+        return {name: keys[name] for names in self.ways.values() for name in names}
+
+    @functools.cached_property
+    def names(self) -> Collection[str]:
+        """See :class:`erase_core.model.denoiser.Denoiser`."""
+        return self._keys.keys()
+
+    def _find_readers(self) -> PromptReaders:
+        """What reads prompts, found by predictions.
+
+        Raises:
+            UnsupportedModelError: nothing does that could be edited.
+        """
+        start, end = len("diffusion_model."), -len(".weight")
+        paths = {name: key[start:end] for name, key in editable_keys(self._model).items()}
+        _, height, width = self.latent_shape(self._resolution)
+        try:
+            readers = self._readers_in(
+                self._twin.diffusion_model,
+                paths,
+                self._x0_of,
+                lambda prompts: encode_prompts(self._clip, prompts, None, extras=True),
+                height * width,
+            )
+        except NoReadersError as error:
+            raise unsupported(self._family, str(error)) from error
+        if readers.needs_no_network:  # the text encoder may have the device for itself again
+            readers.let_go()
+            vars(self).pop("_twin")
+        return readers
 
     @functools.cached_property
     def _modules(self) -> dict[str, nn.Module]:
@@ -138,10 +183,46 @@ class ComfyDenoiser(Denoiser):
 
     def encode(self, prompts: Sequence[str], together: bool = False) -> list[Encoded]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""
-        if together and len(prompts) > 1:
+        if self._family.readers_known:
+            if not together or len(prompts) < 2:
+                return encode_prompts(self._clip, prompts, self._family.pooled)
             found = self._together(prompts)
             return found if self._family.pooled else [Encoded(one.tokens) for one in found]
-        return encode_prompts(self._clip, prompts, self._family.pooled)
+        if together and len(prompts) > 1 and self._gives_no_more:
+            found = [self._with_full_mask(one) for one in self._together(prompts)]
+        else:
+            found = encode_prompts(self._clip, prompts, None, extras=True)
+        return found if self._takes_pooled else [one.with_pooled(None) for one in found]
+
+    @property
+    def _takes_pooled(self) -> bool:
+        """Whether the network reads a pooled vector, if the encoder gives one."""
+        if not self._measured:
+            return self._family.pooled
+        return self._prompt_readers.takes_pooled
+
+    @functools.cached_property
+    def _extras(self) -> list[Mapping[str, Any]]:
+        """What the encoder gives beside embeddings, for a short prompt and a longer one."""
+        probes = encode_prompts(self._clip, ["", "a photo of a cat"], None, extras=True)
+        return [probe.extras for probe in probes]
+
+    @property
+    def _gives_no_more(self) -> bool:
+        """Whether there is nothing of a prompt's own among that: only masks that mask nothing."""
+        return all(
+            name == MASK and bool(value.all())
+            for extras in self._extras
+            for name, value in extras.items()
+        )
+
+    def _with_full_mask(self, prompt: Encoded) -> Encoded:
+        """The prompt with the mask that it has by itself."""
+        if MASK not in self._extras[0]:
+            return prompt
+        like = self._extras[0][MASK]
+        mask = torch.ones(1, len(prompt.tokens), dtype=like.dtype)
+        return Encoded(prompt.tokens, prompt.pooled, {MASK: mask})
 
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""
@@ -188,18 +269,26 @@ class ComfyDenoiser(Denoiser):
         edit: LowRankEdit | None = None,
     ) -> Tensor:
         """See :class:`erase_core.model.denoiser.Denoiser`. Raises the host's interrupt."""
+        if self._family.joint and len(set(map(shapes_of, prompts))) > 1:
+            return self._by_shape(x, sigma, prompts, edit)
+        conditions = self._conditions(with_frames(self._model, x), prompts)
+        given = [conditions.get("c_crossattn"), conditions.get("y")]
+        with self._side_path.active(edit, given):
+            return self._run(x, sigma, conditions)
+
+    def _x0_of(self, x: Tensor, sigma: Tensor, prompts: Sequence[Encoded]) -> Tensor:
+        """x0 for prompts of one shape, as the network stands."""
+        return self._run(x, sigma, self._conditions(with_frames(self._model, x), prompts))
+
+    def _run(self, x: Tensor, sigma: Tensor, conditions: Mapping[str, Any]) -> Tensor:
+        """x0 under the host's conditions. Raises the host's interrupt."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if self._family.joint and len({len(prompt.tokens) for prompt in prompts}) > 1:
-            return self._by_length(x, sigma, prompts, edit)
-        tokens = stack_tokens(prompts).to(x.device)
         given = with_frames(self._model, x)
-        conditions = self._conditions(given, tokens, stack_pooled(prompts))
         options = {
             "optimized_attention_override": _differentiable_attention,
             "wrappers": {WRAPPER_TYPE: side_paths(self._model)},
         }
-        given_prompts = [tokens, conditions.get("y")]
-        with self._side_path.active(edit, given_prompts), self._out_of_place():
+        with self._out_of_place():
             x0 = self._twin.apply_model(given, sigma, transformer_options=options, **conditions)
         return x0.float().view_as(x)
 
@@ -234,30 +323,56 @@ class ComfyDenoiser(Denoiser):
             management.free_memory(wanted, self.device, keep_loaded=[own])
         return management.get_free_memory(self.device)
 
-    def _by_length(
+    def _by_shape(
         self, x: Tensor, sigma: Tensor, prompts: Sequence[Encoded], edit: LowRankEdit | None
     ) -> Tensor:
         """One forward for each length: in joint attention a repeated prompt would weigh more."""
-        lengths = torch.tensor([len(prompt.tokens) for prompt in prompts])
-        groups = [(lengths == length).nonzero().flatten() for length in lengths.unique()]
+        shapes = list(map(shapes_of, prompts))
+        groups = [
+            torch.tensor([i for i, one in enumerate(shapes) if one == shape])
+            for shape in sorted(set(shapes))
+        ]
         parts = [
             self.predict_x0(x[group], sigma[group], [prompts[i] for i in group.tolist()], edit)
             for group in groups
         ]
         return torch.cat(parts)[torch.cat(groups).argsort().to(x.device)]
 
-    def _conditions(self, x: Tensor, tokens: Tensor, pooled: Tensor | None) -> dict[str, Any]:
+    def _conditions(self, x: Tensor, prompts: Sequence[Encoded]) -> dict[str, Any]:
         """What the host's samplers would hand to the model for these prompts."""
-        given = {"noise": x, "device": x.device, "cross_attn": tokens, **self._size}
+        if any(prompt.extras for prompt in prompts):
+            return self._conditions_one_by_one(x, prompts)
+        pooled = stack_pooled(prompts)
+        given = {"noise": x, "device": x.device, **self._size}
+        given["cross_attn"] = stack_tokens(prompts).to(x.device)
         given["pooled_output"] = None if pooled is None else pooled.to(x.device)
         conditions = {
             name: condition.process_cond(batch_size=len(x), device=x.device, area=None).cond
             for name, condition in self._model.model.extra_conds(**given).items()
         }
-        return {
-            name: value.to(x.device) if isinstance(value, Tensor) else value
-            for name, value in conditions.items()
+        return _on_device(conditions, x.device)
+
+    def _conditions_one_by_one(self, x: Tensor, prompts: Sequence[Encoded]) -> dict[str, Any]:
+        """The same where text encoders give more than embeddings, put together as the host does."""
+        every = []
+        for prompt in prompts:
+            given = {"noise": x[:1], "device": x.device, "prompt_type": "positive", **self._size}
+            given["cross_attn"] = prompt.tokens[None].to(x.device)
+            given["pooled_output"] = None if prompt.pooled is None else prompt.pooled[None]
+            given = _on_device({**given, **prompt.extras}, x.device)
+            conditions = self._model.model.extra_conds(**given)
+            every.append(
+                {
+                    name: condition.process_cond(batch_size=1, device=x.device, area=None)
+                    for name, condition in conditions.items()
+                }
+            )
+        first, *others = every
+        joined = {
+            name: condition.concat([one[name] for one in others])
+            for name, condition in first.items()
         }
+        return _on_device(joined, x.device)
 
     def matrices(self) -> Mapping[str, Tensor]:
         """See :class:`erase_core.model.denoiser.Denoiser`. Patches are in them, wherever they lie.
@@ -338,9 +453,17 @@ def twin_of(model) -> Any:
     twin._modules = dict(base._modules)
     # Functions that patch streamed weights hold the host's patches; share, don't copy.
     twin.diffusion_model = twin_network(base.diffusion_model, _functions_on_weights, like)
+    compute_with_numbers(twin.diffusion_model)
     twin.model_sampling = model.get_model_object("model_sampling")
     twin.current_patcher = None
     return twin
+
+
+def _on_device(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in values.items()
+    }
 
 
 def _functions_on_weights(module: nn.Module) -> list[Any]:

@@ -68,7 +68,7 @@ class _Content:
         self._say("precision", inner.get_dtype(), _object(model, "manual_cast_dtype"))
         state = inner.state_dict()
         for key in sorted(state):
-            if not key.startswith(SAMPLING):
+            if not key.startswith(SAMPLING) and not _is_part_of_another(inner, key):
                 kept = model.backup.get(key)
                 weight = _itself(inner, key, state[key]) if kept is None else kept.weight
                 if weight is None:
@@ -196,10 +196,27 @@ def _itself(network: nn.Module, key: str, weight: Tensor) -> Tensor | None:
     """The weight behind an entry of a state dict; None for one that no layer has.
 
     Packs whose weights are no plain tensors put placeholders without content into it, so that the
-    host knows the size.
+    host knows the size; layers of hosts that pack weights put the bytes alone into it.
     """
-    if weight.device.type != "meta":
-        return weight
+    own = _attribute(network, key)
+    if weight.device.type == "meta":
+        return own
+    return weight if own is None or is_plain(own) else own
+
+
+def _is_part_of_another(network: nn.Module, key: str) -> bool:
+    """Whether an entry of a state dict is noted beside a packed weight, which has it itself.
+
+    Such as the scale of a patched weight, while the unpatched one lies in the backup with its own.
+    """
+    layer = key.rpartition(".")[0]
+    weight = _attribute(network, f"{layer}.weight")
+    if not isinstance(weight, Tensor) or is_plain(weight):
+        return False
+    return _attribute(network, key) is None
+
+
+def _attribute(network: nn.Module, key: str) -> Any:
     try:
         return comfy.utils.get_attr(network, key)
     except AttributeError:

@@ -9,7 +9,7 @@ import comfy.lora
 from torch import Tensor
 
 from ..erase_core.files.fingerprint import PACKED_WITHIN, SAME_WITHIN, fingerprint, same_fingerprint
-from ..erase_core.settings.layers import LayerRuleError, matching
+from ..erase_core.settings.layers import LayerRuleError, known_by_name, matching
 from ..erase_core.settings.settings import EraseSettings
 from .families import model_family
 from .packed import as_numbers, is_packed, unpatched
@@ -57,12 +57,12 @@ def _keys_by_rule(model, layers: str | None = None) -> dict[str, str]:
     Raises:
         LayerRuleError: the rule matches nothing.
     """
-    keys, family = _matrix_keys(model), model_family(model)
+    keys, family = matrix_keys(model), model_family(model)
     rule = layers or family.defaults.get("layers", EraseSettings.layers)
-    return {name: keys[name] for name in matching(keys, rule)}
+    return {name: keys[name] for name in matching(keys, known_by_name(rule))}
 
 
-def _matrix_keys(model) -> dict[str, str]:
+def matrix_keys(model) -> dict[str, str]:
     """Host keys of all matrices by the kohya name that the model's family has for them.
 
     In the order of the names: the host's own is another in every process, as it lists a set.
@@ -78,6 +78,15 @@ def _matrix_keys(model) -> dict[str, str]:
     return {name: key for name, key in sorted((name, key) for key, name in first.items())}
 
 
+def editable_keys(model) -> dict[str, str]:
+    """Host keys of all matrices that may be edited, by the name that the family has for them."""
+    keys, family = kohya_keys(model), model_family(model)
+    found = matrix_keys(model)
+    if family.pooled_matrix in keys:
+        found[family.pooled_matrix] = keys[family.pooled_matrix]
+    return found
+
+
 def known_matrices(model) -> dict[str, Tensor]:
     """The unpatched matrices that a family is recognised by, by kohya name.
 
@@ -86,7 +95,7 @@ def known_matrices(model) -> dict[str, Tensor]:
     try:
         keys = _keys_by_rule(model)
     except LayerRuleError:
-        keys = _matrix_keys(model)
+        keys = matrix_keys(model)
     return original_weights(model, keys)
 
 

@@ -1,5 +1,6 @@
-"""Weights that aren't the numbers they stand for: scaled fp8, and the packed ones of GGUF files.
+"""Weights that aren't the numbers they stand for: scaled ones of the host, and those of GGUF files.
 
+The host packs them into tensors of a class of its own that are made of others: bytes and scales.
 ComfyUI-GGUF keeps a layer's weight as bytes in a tensor class of its own, which knows the format,
 the shape of the numbers, and the patches that are added whenever they are unpacked. Its layers
 unpack with ``get_weight(tensor, dtype)``. Everything here asks for those features, not for names.
@@ -90,6 +91,45 @@ def numbers_of(module: nn.Module, device: torch.device, dtype: torch.dtype) -> T
         for function in functions:
             cast = function(cast)
         return as_numbers(module, cast).to(weight.device)
+
+
+def compute_with_numbers(network: nn.Module) -> None:
+    """Let the layers of a twin compute with the numbers that their packed weights stand for.
+
+    The host's kernels for packed weights round what a layer reads as well, in steps that no
+    gradient sees, and some of them have no backward. A layer with a function on its weight computes
+    without them: the host unpacks the weight for the function.
+    """
+    for module in network.modules():
+        functions = getattr(module, "weight_function", None)
+        if functions is not None and _unpacked_by_itself(module):
+            vars(module)["weight_function"] = [*functions, unpacked]
+
+
+def unpacked(weight: Tensor) -> Tensor:
+    """The weight that a layer has unpacked, as it is."""
+    return weight
+
+
+def _unpacked_by_itself(module: nn.Module) -> bool:
+    """Whether a weight is a tensor made of others that stands for numbers wherever it is used."""
+    weight = module._parameters.get("weight")
+    return weight is not None and not is_plain(weight) and not is_packed(weight)
+
+
+def coarse_format(weight: Tensor) -> str:
+    """What a weight is kept in, where a patch merged into it is rounded to a few bits; else "".
+
+    Bytes that the layers unpack themselves, as of GGUF files, are patched when they are unpacked.
+    """
+    if is_plain(weight):
+        kept = weight
+    elif is_packed(weight) or not hasattr(weight, "__tensor_flatten__"):
+        return ""
+    else:
+        weight = weight.detach()  # the host's own notes its parts on what it is asked for
+        kept = getattr(weight, weight.__tensor_flatten__()[0][0])  # type: ignore[attr-defined]
+    return str(kept.dtype).removeprefix("torch.") if kept.element_size() == 1 else ""
 
 
 def unpatched(weight: Tensor) -> Tensor:

@@ -119,8 +119,9 @@ def _inputs() -> list[Any]:
         _combo(
             "layers",
             [AUTO, *LAYER_RULES],
-            "What trains; auto: key-value on U-Nets, text-input on SD3 and Flux, prompt-fed on "
-            "other architectures. Others need the soft form.",
+            "What trains; auto: key-value on U-Nets, text-input on SD3 and Flux, readers on other "
+            "architectures: the layers that read the prompt alone, found by trying. first-readers: "
+            "of those the first after the text encoder. Others need the soft form.",
         ),
         io.String.Input(
             "templates",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import comfy.utils
@@ -21,6 +21,7 @@ from .messages import id_of, preview, show_progress_text, shown
 from .refusals import refusal
 from .runs import refuse_without_clip
 from .schema import CATEGORY, compatible
+from .stores import language_store
 from .tokens import row_ids
 from .vocabulary import numbered_vocabulary
 
@@ -66,10 +67,11 @@ class SuggestNames(io.ComfyNode):
         check_choice("kind", kind, KINDS)
         concepts = parse_concepts(erase)
         refuse_without_clip(clip)
-        reader, found = ClipReader(clip), []
+        reader, found, cache = ClipReader(clip), [], language_store()
         for number, concept in enumerate(concepts):
             bar = _bar(number, len(concepts), cls)
-            found.append(suggest(reader, concept, kind, ranked_by(clip, concept), bar))
+            rank = ranked_by(clip, concept, reader.words)
+            found.append(suggest(reader, concept, kind, rank, bar, cache))
         text = "\n".join(map(_said, found))
         show_progress_text("", None, id_of(cls))  # what is found stands in the text below
         names = "\n".join(one.line for one in found)
@@ -81,6 +83,7 @@ class ClipReader:
 
     def __init__(self, clip: Any) -> None:
         self._clip, self._streams = clip, _streams_of(clip)
+        self.words = numbered_vocabulary(clip)
         self._together = batch_encoder(clip)
 
     def encode(self, prompts: Sequence[str], together: bool = False) -> list[Encoded]:
@@ -93,15 +96,18 @@ class ClipReader:
 
     def vocabulary(self) -> list[str]:
         """See :class:`erase_core.model.denoiser.Denoiser`."""
-        return list(numbered_vocabulary(self._clip)[1])
+        return list(self.words[1])
 
 
-def ranked_by(clip, concept: Concept) -> Rank | None:
+def ranked_by(clip, concept: Concept, words: tuple[str, Mapping[str, int]]) -> Rank | None:
     """How near words are likely to be to a concept, by the encoder's table of token embeddings.
 
     Words that have no token of their own come last. None where there is no such table.
+
+    Args:
+        words: the name of the encoder and its words with their ids.
     """
-    name, ids = numbered_vocabulary(clip)
+    name, ids = words
     table = _table(clip, name)
     return None if table is None else by_table(table, ids, concept)
 

@@ -18,18 +18,18 @@ from torch import Tensor
 from ..erase_core.artefact.identity import Digest, bytes_on_cpu, word_sums
 from ..erase_core.files.fingerprint import fingerprint
 from ..erase_core.method.alignment import STREAM_IDS
+from ..erase_core.method.prompt_readers import NoReadersError, PromptReaders, ReadingDenoiser
 from ..erase_core.method.words import words_among
 from ..erase_core.model.activations import BlockRun
 from ..erase_core.model.blocks import blocks_run_by
-from ..erase_core.model.denoiser import Denoiser
 from ..erase_core.model.low_rank import LowRankEdit, LowRankSidePath
 from ..erase_core.model.prompt import Encoded, stack_pooled, stack_tokens
 from ..erase_core.model.twin import twin_network
 from ..erase_core.settings.families import FLUX, SD3
-from ..erase_core.settings.layers import matching
+from ..erase_core.settings.layers import known_by_name, matching
 from ..erase_core.settings.settings import EraseSettings
 from .calls import FEW, PROBE, SMALL, Call, ask
-from .networks import family_of, linear_layers, network_of
+from .networks import PipelineError, family_of, linear_layers, network_of
 from .refusals import flows, refuse_unfit
 
 # Tokenizers whose tokens lie one after the other in an encoded prompt; else there is but the first.
@@ -39,7 +39,7 @@ LEAST_ALPHA = 4.9e-8  # of schedules that end in pure noise, as ComfyUI has it: 
 RESNET = "ResnetBlock2D"  # the other repeated block of U-Nets
 
 
-class PipelineDenoiser(Denoiser):
+class PipelineDenoiser(ReadingDenoiser):
     """A pipeline's network and text encoders as the engine's denoiser.
 
     The network is a twin over the same storage, so the pipeline's own is never touched: neither
@@ -52,7 +52,8 @@ class PipelineDenoiser(Denoiser):
             own.
 
     Raises:
-        PipelineError: a pipeline that can't be trained on, see :func:`refusals.refuse_unfit`.
+        PipelineError: a pipeline that can't be trained on, see :func:`refusals.refuse_unfit`;
+            nothing of its network reads the prompt alone.
         LayerRuleError: a layer rule that matches nothing.
     """
 
@@ -63,22 +64,35 @@ class PipelineDenoiser(Denoiser):
         self.family = self._family.name
         self._network = twin_network(network).eval()
         self.device, self.dtype = pipe._execution_device, network.dtype
-        every = linear_layers(self._network, self._family)
-        rule = layers or self._family.defaults.get("layers", EraseSettings.layers)
-        names = matching(every, rule)
-        names += [n for n in (self._family.pooled_matrix,) if n in every and n not in names]
+        self._every = every = linear_layers(self._network, self._family)
         own = self._family.defaults.get("layers", EraseSettings.layers)
-        known = {name: every[name].weight for name in matching(every, own)}
+        self._rule = layers or own
+        known = {name: every[name].weight for name in matching(every, known_by_name(own))}
         self.base = {"name": pipe.name_or_path or "", "fingerprint": fingerprint(known)}
-        self._modules = {name: every[name] for name in names}
-        self.names = self._modules.keys()
-        self._side_path = LowRankSidePath(self._modules)
         self._calls: dict[tuple[int, ...], Call] = {}
         self._resolution = resolution
         # The empty prompt beside a longer one shows what pads a prompt, and whether that counts.
         probe = ask(pipe, self._network, ["", PROBE], SMALL)
         self._null, self._readers = probe.encoded()[0], probe.readers
         self._mask = (probe.mask, probe.asked[0][probe.mask].dtype) if probe.mask else None
+        if self._measured:
+            names = [name for names in self.ways.values() for name in names]
+        else:
+            names = matching(every, self._rule)
+            names += [n for n in (self._family.pooled_matrix,) if n in every and n not in names]
+        self._modules = {name: every[name] for name in names}
+        self.names = self._modules.keys()
+        self._side_path = LowRankSidePath(self._modules)
+
+    def _find_readers(self) -> PromptReaders:
+        paths = {layer: path for path, layer in self._network.named_modules()}
+        keys = {name: paths[layer] for name, layer in self._every.items()}
+        pixels = (self._resolution // self._latent_pixels) ** 2
+        try:
+            return self._readers_in(self._network, keys, self._predict, self.encode, pixels)
+        except NoReadersError as error:
+            name = type(self._pipe).__name__
+            raise PipelineError(f"{name} can't be erased from: {error}.") from error
 
     def encode(self, prompts: Sequence[str], together: bool = False) -> list[Encoded]:
         """See :class:`Denoiser`.
@@ -169,6 +183,12 @@ class PipelineDenoiser(Denoiser):
         edit: LowRankEdit | None = None,
     ) -> Tensor:
         """See :class:`Denoiser`."""
+        given = [stack_tokens(prompts).to(self.device)] if self._mask is None else []
+        with self._side_path.active(edit, [*given, stack_pooled(prompts)]):
+            return self._predict(x, sigma, prompts)
+
+    def _predict(self, x: Tensor, sigma: Tensor, prompts: Sequence[Encoded]) -> Tensor:
+        """x0, as the network stands."""
         x, sigma = x.to(self.device), sigma.to(self.device)
         call, level = self._calls[tuple(x.shape[1:])], sigma.view(-1, *[1] * (x.ndim - 1))
         if self._levels is None:
@@ -177,9 +197,7 @@ class PipelineDenoiser(Denoiser):
         else:
             near = (self._levels.log()[None] - sigma.cpu().log()[:, None]).abs().argmin(1)
             time, scale = near.to(sigma), (1 + level**2).rsqrt()
-        given = [stack_tokens(prompts).to(self.device)] if self._mask is None else []
-        with self._side_path.active(edit, [*given, stack_pooled(prompts)]):
-            said = call.again(self._network, x * scale, time, prompts)
+        said = call.again(self._network, x * scale, time, prompts)
         if self._predicts == "v_prediction":
             return x * scale**2 - said * level * scale
         return x - level * said

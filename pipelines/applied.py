@@ -28,7 +28,7 @@ from ..erase_core.artefact.stack import (
 from ..erase_core.files.fingerprint import fingerprint, same_fingerprint
 from ..erase_core.model.low_rank import LowRankEdit, Projections, side_path_hook
 from ..erase_core.model.twin import twin_network
-from ..erase_core.settings.layers import LayerRuleError, matching, reads_prompt
+from ..erase_core.settings.layers import LayerRuleError, known_by_name, matching, reads_prompt
 from ..erase_core.settings.settings import EraseSettings
 from .networks import PipelineError, family_of, linear_layers, network_of, slot_of
 
@@ -168,7 +168,7 @@ def base_warnings(pipe: Any, erasure: CoreErasure) -> list[str]:
     family = family_of(pipe)
     layers = linear_layers(network_of(pipe), family)
     try:
-        own = matching(layers, family.defaults.get("layers", EraseSettings.layers))
+        own = matching(layers, known_by_name(family.defaults.get("layers", EraseSettings.layers)))
     except LayerRuleError:
         own = []
     known = {name: _weight(layers[name]) for name in own}

@@ -143,6 +143,10 @@ class Browser:
                 clickCount=0 if kind == "mouseMoved" else 1,
             )
 
+    def type(self, text: str) -> None:
+        """Put a text where the cursor is, as a keyboard does."""
+        self._call("Input.insertText", text=text)
+
     def screenshot(self, path: Path) -> None:
         """Write what the page looks like as a PNG."""
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot")["data"]))

@@ -2,7 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { isOurs, labelBoxes } from "./labels.js";
 import { TRAIN, putSettings, readsOldValues, withSettingsNodes } from "./old_workflows.js";
-import { giveWords } from "./search.js";
+import { giveWords, searchByWords } from "./search.js";
 
 app.registerExtension({
   name: "ConceptSurgery.Nodes",
@@ -22,6 +22,7 @@ app.registerExtension({
   afterConfigureGraph: putSettings,
 
   setup() {
+    searchByWords(app);
     const load = app.loadApiJson;
     if (typeof load !== "function") return;
     app.loadApiJson = function (graph, ...rest) {

@@ -5,25 +5,26 @@ from __future__ import annotations
 import contextlib
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..erase_core.files.fingerprint import fingerprint
+from ..erase_core.method.prompt_readers import NoReadersError, PromptReaders, ReadingDenoiser
 from ..erase_core.model.activations import BlockRun
 from ..erase_core.model.blocks import blocks_run_by
-from ..erase_core.model.denoiser import Denoiser
 from ..erase_core.model.low_rank import LowRankEdit, LowRankSidePath
 from ..erase_core.model.out_of_place import OutOfPlace
 from ..erase_core.model.prompt import Encoded, stack_pooled, stack_tokens
 from ..erase_core.model.twin import twin_network
 from ..erase_core.settings.families import Family
+from ..erase_core.settings.settings import EraseSettings
 from .errors import ModelChangedError, UnsupportedModelError
 from .families import SIZES_OF_SDXL, family_of, refuse_packed
 from .identity import model_identity
-from .names import trained_paths
+from .names import matrix_paths, trained_paths
 from .text import Learned, TextReader
 
 # The repeated blocks of the hosts' networks, by the names of their classes: each host has classes
@@ -34,7 +35,7 @@ _SHARED = ("network_weights_backup", "network_bias_backup", "fp16_weight", "fp16
 LATENT_PIXELS = 8
 
 
-class WebuiDenoiser(Denoiser):
+class WebuiDenoiser(ReadingDenoiser):
     """The host's model and its text encoder.
 
     The loaded module is never touched: the denoiser runs a twin of it whose parameters lie over
@@ -73,8 +74,9 @@ class WebuiDenoiser(Denoiser):
         refuse_replaced(self.network)
         self._family = family_of(sd_model, self.network, self.predicts_v)
         self.family = self._family.name
-        self._paths = trained_paths(self.network, self._family, layers)
-        self.names = self._paths.keys()
+        self._rule = layers or self._family.defaults.get("layers", EraseSettings.layers)
+        if not self._measured:
+            self._paths = trained_paths(self.network, self._family, layers)
         beside = SIZES_OF_SDXL if self._family.name == "SDXL" else 0
         pooled = self._family.pooled
         self.text = TextReader(sd_model, self._learn, pooled, beside, self._check)
@@ -85,7 +87,8 @@ class WebuiDenoiser(Denoiser):
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
-        for made in ("_twin", "_modules", "_side_path", "_predictor", "_constants"):
+        on_device = ("_twin", "_modules", "_side_path", "_predictor", "_constants")
+        for made in (*on_device, "_prompt_readers"):
             vars(self).pop(made, None)
 
     @property
@@ -137,6 +140,25 @@ class WebuiDenoiser(Denoiser):
         known.pop(self._family.pooled_matrix, None)
         weights = {name: self._numbers(path) for name, path in known.items()}
         return {"name": checkpoint_name(self._model), "fingerprint": fingerprint(weights)}
+
+    @functools.cached_property
+    def _paths(self) -> Mapping[str, str]:
+        """Paths of the matrices that train, by LoRA name."""
+        every = matrix_paths(self.network, self._family)
+        return {name: every[name] for names in self.ways.values() for name in names}
+
+    @functools.cached_property
+    def names(self) -> Collection[str]:
+        """See :class:`erase_core.model.denoiser.Denoiser`."""
+        return self._paths.keys()
+
+    def _find_readers(self) -> PromptReaders:
+        keys = matrix_paths(self.network, self._family)
+        pixels = (self._resolution // LATENT_PIXELS) ** 2
+        try:
+            return self._readers_in(self._twin, keys, self._predict, self.encode, pixels)
+        except NoReadersError as error:
+            raise UnsupportedModelError(f"This model can't be erased from: {error}.") from error
 
     @functools.cached_property
     def identity(self) -> str:
@@ -199,12 +221,16 @@ class WebuiDenoiser(Denoiser):
         self._check()
         if self._family.joint and len({len(prompt.tokens) for prompt in prompts}) > 1:
             return self._by_length(x, sigma, prompts, edit)
+        tokens = stack_tokens(prompts).to(self.device)
+        with self._side_path.active(edit, [tokens, self._beside(prompts, len(x))["vector"]]):
+            return self._predict(x, sigma, prompts)
+
+    def _predict(self, x: Tensor, sigma: Tensor, prompts: Sequence[Encoded]) -> Tensor:
+        """x0, as the network stands."""
         x, sigma = x.to(self.device), sigma.to(self.device)
         tokens = stack_tokens(prompts).to(self.device)
-        given = self._beside(prompts, len(x))
-        with self._side_path.active(edit, [tokens, given["vector"]]), self._out_of_place():
-            x0 = self._apply(x, sigma, tokens, given)
-        return x0.float()
+        with self._out_of_place():
+            return self._apply(x, sigma, tokens, self._beside(prompts, len(x))).float()
 
     def _out_of_place(self, always: bool = False) -> contextlib.AbstractContextManager:
         in_place = self.adds_in_place or self._family.adds_in_place

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from ..erase_core.settings.families import Family
-from ..erase_core.settings.layers import matching
+from ..erase_core.settings.layers import known_by_name, matching
 from ..erase_core.settings.settings import EraseSettings
 
 PREFIX = "lora_unet_"
@@ -41,14 +41,15 @@ def trained_paths(network: nn.Module, family: Family, layers: str | None = None)
     """Paths of the matrices that train: those of a layer rule, and the reader of a pooled vector.
 
     Args:
-        layers: a layer rule; None for the family's own.
+        layers: a layer rule; None for the family's own. In place of one that needs predictions
+            there are those that are known by name.
 
     Raises:
         LayerRuleError: the rule matches nothing.
     """
     paths = matrix_paths(network, family)
     rule = layers or family.defaults.get("layers", EraseSettings.layers)
-    taken = {name: paths[name] for name in matching(paths, rule)}
+    taken = {name: paths[name] for name in matching(paths, known_by_name(rule))}
     # It is no block, so it isn't named like one.
     reader = _path_of_pooled(network, family)
     return {**taken, family.pooled_matrix: reader} if reader else taken

@@ -167,6 +167,19 @@ class OthersRecord(TypedDict):
     most_changed: list[Drift]
 
 
+class ReaderRecord(TypedDict):
+    """Layers that read the prompt alone, found by predictions.
+
+    ``edited`` says whether the erasure is in them; else ``why`` says why they stay as they are.
+    """
+
+    name: str
+    matrices: int
+    width: int
+    edited: bool
+    why: str
+
+
 class Room(TypedDict):
     """What is left of the edit beside the exact prompts."""
 
@@ -182,6 +195,7 @@ class _RecordOptional(TypedDict, total=False):
     curve: list[list[float | None]]
     steps_added: list[list[int]]
     diffusers_layers: list[str]
+    readers: list[ReaderRecord]
 
 
 class Record(_RecordOptional):

@@ -31,7 +31,7 @@ def report_text(record: Mapping[str, Any], notes: list[str] | None = None) -> st
     """
     lines = [_verdict(record), *_headline(record), *record["warnings"], *_movement(record)]
     lines += [*_pooled(record), *_each_concept(record), *_staying(record), *_map(record)]
-    lines += [*_cost(record), *note_lines(record), *(notes or [])]
+    lines += [*_readers(record), *_cost(record), *note_lines(record), *(notes or [])]
     return "\n".join(lines)
 
 
@@ -179,6 +179,20 @@ def _changes(entries: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{one['text']} {one['drift']:.0%}" for one in entries)
 
 
+def _readers(record: Mapping[str, Any]) -> list[str]:
+    """The layers that read the prompt alone, where they were found by predictions."""
+    rows = record.get("readers")
+    if not rows:
+        return []
+    what = "exact" if record["form"] == "hard" else "edited"
+    lines = [
+        f"  {row['name']}: {row['matrices']} of width {row['width']}, "
+        + (what if row["edited"] else f"left as it is ({row['why']})")
+        for row in rows
+    ]
+    return ["Layers that read the prompt alone, found by predictions:", *lines]
+
+
 def _cost(record: Mapping[str, Any]) -> list[str]:
     return [
         f"{record['steps_done']} steps, {record['forward_equivalents']} forward-equivalents, "
@@ -214,8 +228,9 @@ def _gigabytes(size: int) -> str:
 def note_lines(record: Mapping[str, Any]) -> list[str]:
     """What else a person should know of a run."""
     family, settings = by_name(record["family"]), record["settings"]
-    # What is said of other architectures is of the soft form; the hard one has its readers named.
-    lines = list(family.notes) if family.readers_known or record["form"] == "soft" else []
+    # A model of another kind whose readers a host of its own names may well be trained.
+    told = family.readers_known or record["form"] == "soft" or record.get("readers")
+    lines = list(family.notes) if told else []
     lines += _TRAINING.get(record.get("training", ""), ())
     if record["converged"]:
         lines.append(

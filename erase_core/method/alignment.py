@@ -51,7 +51,7 @@ def align_tokens(
 
 
 def _streams(ids: Sequence[int]) -> list[list[int]]:
-    return [list(part) for _, part in groupby(ids, lambda token: token // STREAM_IDS)]
+    return [list(part) for _, part in groupby(ids, lambda token: token // STREAM_IDS)] or [[]]
 
 
 def _align(erased: Sequence[int], alternative: Sequence[int], null: Sequence[int]) -> list[int]:
@@ -116,3 +116,49 @@ def _end(ids: Sequence[int], null: Sequence[int], begin: int) -> int:
             if rest == closing[: len(rest)]:
                 return place
     return len(ids)
+
+
+# Rows of two prompts that are apart by more than this share of their size are of other tokens.
+_OTHER_ROW = 0.05
+
+
+def kept_in_front(null: tuple[Sequence[int], Tensor], prompt: tuple[Sequence[int], Tensor]) -> int:
+    """How many tokens in front have no row, found from two prompts, each its ids and its rows.
+
+    Encoders that are language models wrap a prompt in a chat's template and keep its head to
+    themselves. They read forward, so rows are the same up to the first token that differs. Where
+    there is a row for each token, none is kept.
+    """
+    (ids, rows), (other_ids, other_rows) = null, prompt
+    spare = min(len(ids) - len(rows), len(other_ids) - len(other_rows))
+    if spare <= 0:
+        return 0
+    shared = min(len(rows), len(other_rows))
+    apart = (rows[:shared] - other_rows[:shared]).norm(dim=1)
+    differs = (apart > _OTHER_ROW * rows[:shared].norm(dim=1)).nonzero().flatten().tolist()
+    first = differs[0] if differs else shared
+    return max(0, min(spare, _begin(other_ids, ids) - first))
+
+
+def first_at(places: Sequence[int], place: int) -> int:
+    """The first row that stands for the token at a place, or for the nearest one to it."""
+    return min(range(len(places)), key=lambda row: (abs(places[row] - place), row))
+
+
+def rows_at(own: Sequence[int], other: Sequence[int], roles: Sequence[int]) -> list[int]:
+    """For each row of a prompt, the row of another one that plays its part.
+
+    Args:
+        own, other: for each row of the prompts the token that it stands for.
+        roles: for each token of the one the token of the other.
+    """
+    rows: dict[int, list[int]] = {}
+    for row, place in enumerate(other):
+        rows.setdefault(place, []).append(row)
+    found, seen = [], dict.fromkeys(own, 0)
+    for place in own:
+        role = roles[min(place, len(roles) - 1)]
+        there = rows.get(role) or [first_at(other, role)]
+        found.append(there[min(seen[place], len(there) - 1)])
+        seen[place] += 1
+    return found

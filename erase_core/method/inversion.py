@@ -8,8 +8,8 @@ level ``s`` to ``y`` at the lower level ``t`` by
 whatever the network predicts: ``d`` is eps for eps- and v-models, the velocity for flows. DDIM
 inversion (Song et al. 2021) turns that around with ``d`` taken at ``y``, which is wrong by as much
 as ``d`` changes over a step. What is wanted solves ``x = y + (s - t) d(x, s)``, and is found by
-inserting the guess again (fixed point: Pan et al. 2023, arXiv 2309.04907; Garibi et al. 2024, arXiv
-2403.14602). Then the sampler leads back to the picture.
+inserting the guess again (fixed point: Pan et al. 2023, arXiv 2309.04907, who mix guesses, too;
+Garibi et al. 2024, arXiv 2403.14602). Then the sampler leads back to the picture.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from torch import Tensor
 
 # Relative change between two guesses at which a step counts as inverted: some 60 dB on our models.
 TOLERANCE = 1e-3
-MOST_GUESSES = 12  # four or five are enough for most steps on our models
+MOST_GUESSES = 20  # four or five are enough for most steps on our models
+# Guesses before the last that are mixed with it, and how far that is drawn towards the last alone:
+# with three as with ten, pictures came back at 66 dB that gave 15 without.
+REMEMBERED, RIDGE = 4, 1e-8
 # Share of the strongest evidence from which on a place shows the concept.
 THRESHOLD = 0.2
 # The strongest evidence must be that part of the mean error that is left; else nothing is seen. On
@@ -77,20 +80,38 @@ def _before(
 ) -> Tensor:
     """The latent from which one step of the sampler leads to ``y``.
 
-    Where a whole step from the best guess leads to a worse one, half of it is tried, and so on.
+    Where inserting a guess again leads away from what is wanted, as it does on some pictures that
+    the model finds unlikely, the guesses so far say in which direction that is.
     """
-    guess, best, towards, least, share = y, y, torch.zeros_like(y), float("inf"), 1.0
+    guess, best, least = y, y, float("inf")
+    tried: list[tuple[Tensor, Tensor]] = []  # what the latest guesses led to, and how far off
     for _ in range(guesses):
-        step = y + (sigma - after) / sigma * (guess - predict(guess, sigma)) - guess
-        change = _largest(step) / _largest(guess + step)
+        led = y + (sigma - after) / sigma * (guess - predict(guess, sigma))
+        change = _largest(led - guess) / _largest(led)
         if change < least:
-            best, towards, least = guess, step, change
-        else:
-            share /= 2
+            best, least = led, change
         if least < tolerance:
             break
-        guess = best + share * towards
-    return best + towards
+        tried = [*tried[-REMEMBERED:], (led, led - guess)]
+        guess = _mixed(tried)
+    return best
+
+
+def _mixed(tried: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The next guess by Anderson's mixing (1965), of each picture by itself.
+
+    It is the combination of what was tried that would be off least, were all of it linear.
+    """
+    led, off = (torch.stack(one).flatten(2).transpose(0, 1) for one in zip(*tried, strict=True))
+    if off.shape[1] == 1:
+        return tried[-1][0]
+    led_steps, off_steps = led.diff(dim=1), off.diff(dim=1)  # (n, guesses - 1, numbers)
+    among = (off_steps @ off_steps.mT).cpu().double()
+    wanted = (off_steps @ off[:, -1:].mT).cpu().double()
+    scale = among.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30).view(-1, 1, 1)
+    among = among + RIDGE * scale * torch.eye(among.shape[-1], dtype=among.dtype)
+    shares = torch.linalg.solve(among, wanted).to(led)
+    return (led[:, -1] - (led_steps * shares).sum(1)).view_as(tried[-1][0])
 
 
 def _largest(x: Tensor) -> float:

@@ -19,7 +19,7 @@ from ..files.digest import Digest
 from ..model.denoiser import Denoiser
 from ..model.prompt import POOLED, TOKENS, Encoded
 from ..version import VERSION
-from .alignment import word_span
+from .alignment import first_at, kept_in_front, word_span
 from .reading import (
     Reading,
     evenly_spaced,
@@ -33,6 +33,8 @@ ENCODE_BATCH = 16
 PROBE_CAPTIONS = 4
 # Rows of a held-out prompt that are kept; the last one stands for the padding after it.
 WITNESS_ROWS = 24
+# From so many tokens in front of the words on, those of a chat's template are left out of these.
+TEMPLATE_FROM = 4
 # How far a moment is drawn towards protecting all directions alike (Ledoit and Wolf 2004), in
 # shares of its mean diagonal. The less, the less else changes as long as words are among what is
 # protected (on the first small model, keys and values moved alike: .12 at .1, .105 at .03, .096 at
@@ -127,16 +129,16 @@ def read_language(
             of what is cached, so that the cache serves every concept.
         progress: told how many prompts are read, and how many there are.
     """
-    probes = denoiser.encode(evenly_spaced(reading.protected, PROBE_CAPTIONS))
+    probes = _probes(denoiser, reading.protected)
     keys, kept = _cached_reading(cache, probes, reading)
     if kept is None:
-        kept = _read(denoiser, reading, progress)
+        kept = _read(denoiser, reading, _kept_in_front(denoiser, reading, probes), progress)
         if cache is not None:
             cache.update(zip(keys, kept, strict=True))
     moment, word_rows, witness_rows = kept
     named_ones = those_naming(reading.protected, named) if named else []
     moment = _without(denoiser, moment.double(), reading.protected, named_ones, TOKENS, progress)
-    longest = max(len(probe.tokens) for probe in probes)
+    longest = max(len(probe.rows(TOKENS)) for probe in probes)
     counts = torch.ones(witness_rows.shape[1])
     if len(counts) == WITNESS_ROWS:  # else nothing was cut off: these encoders don't pad
         counts[-1] += max(0, longest - WITNESS_ROWS)
@@ -152,8 +154,7 @@ def read_language(
 
 def is_read(denoiser: Denoiser, reading: Reading, cache: MutableMapping[str, Tensor]) -> bool:
     """Whether the cache has what :func:`read_language` would read."""
-    probes = denoiser.encode(evenly_spaced(reading.protected, PROBE_CAPTIONS))
-    return _cached_reading(cache, probes, reading)[1] is not None
+    return _cached_reading(cache, _probes(denoiser, reading.protected), reading)[1] is not None
 
 
 def read_moment(
@@ -169,7 +170,7 @@ def read_moment(
     Args:
         way: for example :data:`prompt.POOLED`; the rest as in :func:`read_language`.
     """
-    probes = denoiser.encode(evenly_spaced(prompts, PROBE_CAPTIONS))
+    probes = _probes(denoiser, prompts)
     key = _cache_key(probes, Reading(tuple(prompts), (), ())) + f"-{way.split()[0]}"
     kept = _from_cache(cache, [key])
     moment = kept[0] if kept else None
@@ -195,7 +196,7 @@ def _cached_reading(
     key = _cache_key(probes, reading)
     keys = [key + part for part in ("", "-words", "-witnesses")]
     kept = _from_cache(cache, keys)
-    fits = probes[0].tokens.shape[1], len(reading.words), len(reading.witnesses)
+    fits = probes[0].rows(TOKENS).shape[1], len(reading.words), len(reading.witnesses)
     return keys, kept if kept and _is_a_reading(kept, *fits) else None
 
 
@@ -231,11 +232,32 @@ def _is_moment(moment: Tensor, width: int) -> bool:
     )
 
 
-def _read(denoiser: Denoiser, reading: Reading, progress: Reported) -> list[Tensor]:
+def _probes(denoiser: Denoiser, prompts: Sequence[str]) -> list[Encoded]:
+    return _encoded(denoiser, evenly_spaced(prompts, PROBE_CAPTIONS))
+
+
+def _encoded(denoiser: Denoiser, texts: Sequence[str], together: bool = False) -> list[Encoded]:
+    """Prompts as the network reads them."""
+    prompts = denoiser.encode(texts, together=together)
+    denoiser.read(prompts)
+    return prompts
+
+
+def _kept_in_front(denoiser: Denoiser, reading: Reading, probes: Sequence[Encoded]) -> int:
+    """How many tokens in front have no row, see :func:`alignment.kept_in_front`."""
+    ids = denoiser.token_ids(evenly_spaced(reading.protected, PROBE_CAPTIONS))
+    both = [(one, probe.tokens) for one, probe in zip(ids, probes, strict=True)]
+    return kept_in_front(both[0], both[-1])
+
+
+def _read(denoiser: Denoiser, reading: Reading, head: int, progress: Reported) -> list[Tensor]:
     """Moment, rows of the words and rows of the witnesses.
 
     The moment is kept in float64: in float32 it is no longer positive where few prompts reach. The
     rows are for figures that people read, so half precision will do.
+
+    Args:
+        head: how many tokens in front have no row.
     """
     texts = [text for _, text in reading.words]
     ends = _ends(denoiser, reading.words)
@@ -243,21 +265,30 @@ def _read(denoiser: Denoiser, reading: Reading, progress: Reported) -> list[Tens
 
     def take(text: str, prompt: Encoded) -> None:
         if len(word_rows) < len(texts) and text == texts[len(word_rows)]:
-            last, end = ends[len(word_rows)]
-            bottom = len(prompt.tokens) - 1
-            word_rows.append(prompt.tokens[[min(last, bottom), min(end, bottom)]].half())
+            places = prompt.places(TOKENS)
+            rows = [first_at(places, place - head) for place in ends[len(word_rows)]]
+            word_rows.append(prompt.rows(TOKENS)[rows].half())
 
     moment = _mean_moment(denoiser, reading.protected, TOKENS, progress, take)
-    held_out = [text for _, text in reading.witnesses]
-    encoded = denoiser.encode(held_out, together=True) if held_out else []
-    width = len(moment)
-    rows = torch.zeros(len(held_out), WITNESS_ROWS, width, dtype=torch.float16)
+    rows = _witness_rows(denoiser, [text for _, text in reading.witnesses], head, len(moment))
+    stacked = torch.stack(word_rows) if word_rows else torch.zeros(0, 2, len(moment))
+    return [moment, stacked.half(), rows]
+
+
+def _witness_rows(denoiser: Denoiser, texts: Sequence[str], head: int, width: int) -> Tensor:
+    """Rows of whole prompts, (n, rows, width), without what a long template has in front."""
+    encoded = _encoded(denoiser, texts, together=True) if texts else []
+    null, *ids = denoiser.token_ids(["", *texts])
+    begin = min((word_span(one, null)[0] for one in ids), default=0) - head
+    skipped = begin - 1 if begin > TEMPLATE_FROM else 0
+    rows = torch.zeros(len(texts), WITNESS_ROWS, width, dtype=torch.float16)
+    longest = 1
     for row, prompt in zip(rows, encoded, strict=True):
-        taken = prompt.tokens[:WITNESS_ROWS]
+        first = first_at(prompt.places(TOKENS), skipped)
+        taken = prompt.rows(TOKENS)[first : first + WITNESS_ROWS]
         row[: len(taken)] = taken.half()
-    longest = max((len(prompt.tokens) for prompt in encoded), default=1)
-    stacked = torch.stack(word_rows) if word_rows else torch.zeros(0, 2, width)
-    return [moment, stacked.half(), rows[:, :longest].contiguous()]
+        longest = max(longest, len(taken))
+    return rows[:, :longest].contiguous()
 
 
 def _ends(denoiser: Denoiser, words: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
@@ -298,6 +329,7 @@ def _mean_moment(
         encoded = denoiser.encode(batch, together=together)
         if together and way == POOLED and any(prompt.pooled is None for prompt in encoded):
             encoded, together = denoiser.encode(batch), False
+        denoiser.read(encoded)
         for text, prompt in zip(batch, encoded, strict=True):
             each(text, prompt)
         rows = [prompt.rows(way) for prompt in encoded]
@@ -314,8 +346,17 @@ def _where_it_is_summed(device: torch.device, width: int) -> torch.device:
     Of SDXL's width the sum is a thousand GFLOP: most of a minute on one core, and seconds even on
     cards that are 64 times as slow in float64 as in float32.
     """
-    there = device.type == "cuda" and width <= WIDEST_ON_A_CARD
+    there = width <= WIDEST_ON_A_CARD and _has_float64(device)
     return device if there else torch.device("cpu")
+
+
+def _has_float64(device: torch.device) -> bool:
+    """Whether a device multiplies in float64; some can't even hold such numbers."""
+    try:
+        one = torch.ones(1, 1, dtype=torch.float64, device=device)
+        return float(one @ one) == 1
+    except (TypeError, RuntimeError):
+        return False
 
 
 def second_moment(prompts: Iterable[Tensor]) -> Tensor:
@@ -347,4 +388,6 @@ def _cache_key(probes: Sequence[Encoded], reading: Reading) -> str:
         digest.add_tensor("tokens", probe.tokens)
         if probe.pooled is not None:
             digest.add_tensor("pooled", probe.pooled)
+        for way, read in sorted(probe.read.items()):
+            digest.add_tensor(way, read.rows)
     return digest.hexdigest()[:32]

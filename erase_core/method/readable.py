@@ -84,6 +84,11 @@ def check_phrases(settings: EraseSettings, pairs: Sequence[PromptPair], texts: T
     return list(warnings.values())
 
 
+def _largest(prompt: Encoded) -> float:
+    """Size of the largest token embedding; 0 of a prompt that has none."""
+    return float(prompt.tokens.norm(dim=1).max()) if len(prompt.tokens) else 0.0
+
+
 def refuse_out_of_range(texts: Texts, places: Mapping[str, str]) -> None:
     """No algebra can be done on what isn't finite, and none is right on what is far too large.
 
@@ -97,7 +102,7 @@ def refuse_out_of_range(texts: Texts, places: Mapping[str, str]) -> None:
     null = texts.encoded[""]
     if not _finite(null):
         raise SubspaceError(NOT_FINITE)
-    usual = float(null.tokens.norm(dim=1).max())
+    usual = _largest(null)
     for text, prompt in texts.encoded.items():
         where = f" under {places[text]!r}" if text in places else ", one of the phrases,"
         if not _finite(prompt):
@@ -106,7 +111,7 @@ def refuse_out_of_range(texts: Texts, places: Mapping[str, str]) -> None:
                 "all. Write a weight near 1 into its brackets, such as (cat:1.2), and check the "
                 "embeddings that it names."
             )
-        size = float(prompt.tokens.norm(dim=1).max())
+        size = _largest(prompt)
         if size > LARGEST * usual > 0:
             raise SettingsError(
                 f"{text!r}{where} comes out of the text encoder {size / usual:.3g} times as large "

@@ -160,6 +160,8 @@ def extend_basis(basis: Tensor, rows: Tensor) -> Tensor:
     real embeddings leaks a hundredth of the prompt.
     """
     rows = rows.double().cpu()
+    if not len(rows):  # of an encoder that has nothing to say of an empty prompt
+        return basis
     rest = remove_span(rows, basis)
     _, sizes, directions = torch.linalg.svd(rest, full_matrices=False)
     rounding = max(rows.shape) * torch.finfo(torch.float64).eps * rows.norm(dim=1).max()
@@ -177,6 +179,8 @@ def remove_span(rows: Tensor, basis: Tensor) -> Tensor:
 def leakage(basis: Tensor, tokens: Tensor) -> float:
     """Largest share of a token embedding that R still sees: ``max |R^T c| / |c|``."""
     tokens = tokens.double().cpu()
+    if not len(tokens):
+        return 0.0
     return float(
         ((tokens @ basis.double()).norm(dim=1) / tokens.norm(dim=1).clamp(min=1e-12)).max()
     )

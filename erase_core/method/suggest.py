@@ -7,15 +7,17 @@ last token and of the prompt's end, from which what all words share is taken.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..model.prompt import ReadsText
+from ..files.digest import Digest
+from ..model.prompt import Encoded, ReadsText
 from ..settings.prompts import said, with_article
 from ..settings.texts import Concept, folded
+from ..version import VERSION
 from .alignment import word_span
 from .collateral import likeness
 from .language import ENCODE_BATCH, Reported, in_silence
@@ -23,8 +25,12 @@ from .reading import common_tags, frequent_first, known_words, things
 
 MOST_NAMES, MOST_NEIGHBOURS = 6, 6
 # Words that are read where nobody says which are likely, and where somebody does: of all words,
-# and of the names of things.
-MOST_READ, LIKELY, LIKELY_THINGS = 1500, 120, 60
+# and of the names of things. A prompt costs CLIP-L a quarter of a second on one core.
+MOST_READ, LIKELY, LIKELY_THINGS = 1500, 60, 30
+# Words of one text encoder whose rows are kept (6 KB each with CLIP-L), and numbers of a row that
+# say which word it is.
+MOST_KEPT, NAMED_BY = 2000, 4
+_PROBE = "a photo of a cat and two people, simple, detailed"
 # Below either a word has no more to do with the concept than others have: the likeness itself,
 # and its share in that of the nearest word.
 LEAST_LIKENESS, LEAST_SHARE = 0.3, 0.85
@@ -66,6 +72,7 @@ def suggest(
     kind: str,
     rank: Rank | None = None,
     progress: Reported = in_silence,
+    cache: MutableMapping[str, Tensor] | None = None,
 ) -> Suggestion:
     """Find names of a concept, and its neighbours, among words of the text encoder's own.
 
@@ -75,6 +82,7 @@ def suggest(
         rank: puts words that are likely to be near first, quickly. Without it the frequent words
             of the vocabulary are read.
         progress: told how many words are read, and how many there are.
+        cache: what was read by text encoder and phrase, for example on disk.
     """
     others, listed = _things(reader, kind), list(reader.vocabulary())
     if rank is None:
@@ -86,7 +94,7 @@ def suggest(
     if not words:
         return Suggestion(concept, (), ())
     phrase = _PHRASES.get(kind, _PHRASE)
-    rows = _rows(reader, [*concept.names, *words], phrase, progress)
+    rows = _rows(reader, [*concept.names, *words], phrase, progress, cache)
     count = len(concept.names)
     near = likeness(rows[count:], list(rows[:count])).tolist()
     found = sorted(zip(near, words, strict=True), reverse=True)
@@ -158,20 +166,70 @@ def _akin(word: str, concept: Concept) -> bool:
     )
 
 
-def _rows(reader: ReadsText, words: Sequence[str], phrase: str, progress: Reported) -> Tensor:
+def _rows(
+    reader: ReadsText,
+    words: Sequence[str],
+    phrase: str,
+    progress: Reported,
+    cache: MutableMapping[str, Tensor] | None,
+) -> Tensor:
     """Of each word its last token's row and that of the prompt's end, (n, 2, width)."""
+    (probe,) = reader.encode([phrase.replace("{a}", _PROBE).replace("{}", _PROBE)])
+    key = _key(phrase, probe)
+    kept = _kept(cache, key, probe.tokens.shape[1])
+    known = {tuple(row[:NAMED_BY].tolist()): row[NAMED_BY:] for row in kept}
+    names = {word: _name(word) for word in words}
+    missing = [word for word, name in names.items() if name not in known]
+    progress(len(names) - len(missing), len(names))
+    try:
+        for start in range(0, len(missing), ENCODE_BATCH):
+            batch = missing[start : start + ENCODE_BATCH]
+            read = _read(reader, batch, phrase)
+            known |= {names[word]: row for word, row in zip(batch, read, strict=True)}
+            progress(len(names) - len(missing) + start + len(batch), len(names))
+    finally:  # what was read until somebody cancelled, too
+        if cache is not None and missing and known:
+            latest = list(known.items())[-MOST_KEPT:]
+            cache[key] = torch.stack([torch.cat([torch.tensor(n), row]) for n, row in latest])
+    return torch.stack([known[names[word]] for word in words]).unflatten(1, (2, -1))
+
+
+def _read(reader: ReadsText, words: Sequence[str], phrase: str) -> Tensor:
+    """The same two rows of each word one after the other, (n, 2 * width), from the encoder."""
     upto = phrase[: re.search(r"\{a?\}", phrase).end()]  # type: ignore[union-attr]
     null = reader.token_ids([""])[0]
+    texts = [[_said_in(form, word) for word in words] for form in (upto, phrase)]
+    ends = [[word_span(ids, null)[1] for ids in reader.token_ids(of_form)] for of_form in texts]
     rows = []
-    for start in range(0, len(words), ENCODE_BATCH):
-        batch = words[start : start + ENCODE_BATCH]
-        texts = [[_said_in(form, word) for word in batch] for form in (upto, phrase)]
-        ends = [[word_span(ids, null)[1] for ids in reader.token_ids(of_form)] for of_form in texts]
-        for prompt, last, end in zip(reader.encode(texts[1], together=True), *ends, strict=True):
-            bottom = len(prompt.tokens) - 1
-            rows.append(prompt.tokens[[min(max(0, last - 1), bottom), min(end, bottom)]])
-        progress(start + len(batch), len(words))
-    return torch.stack(rows)
+    for prompt, last, end in zip(reader.encode(texts[1], together=True), *ends, strict=True):
+        bottom = len(prompt.tokens) - 1
+        rows.append(prompt.tokens[[min(max(0, last - 1), bottom), min(end, bottom)]])
+    return torch.stack(rows).flatten(1).float().cpu()
+
+
+def _key(phrase: str, probe: Encoded) -> str:
+    """32 hex digits of the text encoder, with everything in front of it, and of the phrase."""
+    digest = Digest()
+    for text in (VERSION, phrase):
+        digest.add("suggest", text.encode())
+    digest.add_tensor("tokens", probe.tokens)
+    return digest.hexdigest()[:32]
+
+
+def _kept(cache: MutableMapping[str, Tensor] | None, key: str, width: int) -> Tensor:
+    """What was read before, (n, NAMED_BY + 2 * width); nothing where it doesn't fit."""
+    nothing = torch.zeros(0, NAMED_BY + 2 * width)
+    kept = nothing if cache is None or key not in cache else cache[key]
+    fits = kept.ndim == 2 and kept.shape[1] == nothing.shape[1] and kept.dtype == nothing.dtype
+    return kept if fits else nothing
+
+
+def _name(word: str) -> tuple[float, ...]:
+    """Which word it is, in whole numbers that a float32 holds."""
+    digest = Digest()
+    digest.add("word", word.encode("utf-8", "surrogatepass"))
+    digits = digest.hexdigest()
+    return tuple(float(int(digits[4 * n : 4 * n + 4], 16)) for n in range(NAMED_BY))
 
 
 def _said_in(phrase: str, word: str) -> str:

@@ -38,7 +38,8 @@ class WayIn:
     """One way on which prompts enter, and what is asked of it.
 
     Attributes:
-        name: what of a prompt enters: :data:`prompt.TOKENS` or :data:`prompt.POOLED`.
+        name: what of a prompt enters: :data:`prompt.TOKENS`, :data:`prompt.POOLED`, or the name
+            of the layer that reads it.
         matrices: W by name, (out, inputs). What enters comes first among the inputs.
         targets: for each concept, what enters and what it must become.
         exact: what R must not see.
@@ -108,11 +109,12 @@ def exact_prompts(settings: EraseSettings, prompts: EncodedPrompts) -> ExactSet:
     """
     if settings.form == "hard":
         changes = [targets.change for targets in prompts.targets]
-        required = [prompt.tokens for prompt in (prompts.null, *prompts.negatives)]
-        keep = [(text, prompt.tokens) for text, prompt in prompts.keep]
+        required = [prompt.rows(TOKENS) for prompt in prompts.required]
+        keep = [(text, prompt.rows(TOKENS)) for text, prompt in prompts.keep]
         return exact_set(changes, required, keep, settings.keep_room)
     kept = [KeptPrompt(text, False, 1.0) for text, _ in prompts.keep]
-    return ExactSet(_nothing(prompts.null.tokens.shape[1]), [1.0] * len(prompts.targets), kept)
+    size = prompts.null.rows(TOKENS).shape[1]
+    return ExactSet(_nothing(size), [1.0] * len(prompts.targets), kept)
 
 
 def ways_in(
@@ -136,19 +138,7 @@ def ways_in(
         held = exact if way == TOKENS else _held(settings, prompts, exact, way)
         if held is not None:
             moment = language[way] + _named_moment(settings, prompts, exact, way)
-            found.append(WayIn(way, own, targets_on(prompts, way), held, moment))
-    return found
-
-
-def targets_on(prompts: EncodedPrompts, way: str) -> list[TokenTargets]:
-    """For each concept, what enters on a way and what it must become."""
-    if way == TOKENS:
-        return prompts.targets
-    found = []
-    for concept in range(len(prompts.targets)):
-        pairs = [pair for pair in prompts.pairs if pair.concept == concept]
-        source = torch.cat([pair.erased.rows(way) for pair in pairs])
-        found.append(TokenTargets(source, torch.cat([p.alternative.rows(way) for p in pairs])))
+            found.append(WayIn(way, own, prompts.targets_on(way), held, moment))
     return found
 
 
@@ -160,7 +150,7 @@ def _held(
     for prompt in _exact_ones(settings, prompts, exact):
         basis = extend_basis(basis, prompt.rows(way))
     shares = []
-    for targets in targets_on(prompts, way):
+    for targets in prompts.targets_on(way):
         change, left = targets.change, targets.change - (targets.change @ basis) @ basis.T
         if not float(left.norm()) > LEAST_LEFT * float(change.norm()) > 0:
             return None
@@ -173,7 +163,7 @@ def _exact_ones(settings: EraseSettings, prompts: EncodedPrompts, exact: ExactSe
     if settings.form == "soft":
         return []
     kept = [prompt for (_, prompt), one in zip(prompts.keep, exact.kept, strict=True) if one.exact]
-    return [prompts.null, *prompts.negatives, *kept]
+    return [*prompts.required, *kept]
 
 
 def _named_moment(

@@ -19,6 +19,7 @@ from ..settings.layers import reads_prompt
 from .activations import BlockRun
 from .low_rank import LowRankEdit
 from .prompt import POOLED, TOKENS, Encoded
+from .readers import FoundReaders
 
 
 class Denoiser(ABC):
@@ -36,11 +37,19 @@ class Denoiser(ABC):
             :data:`families.FAMILIES` where it is known there.
         device: where predictions run.
         dtype: the precision they are computed in.
+        own_cost: what it spent by itself on finding out what reads the prompt, and what of it, in
+            forward-equivalents.
+        reading_cost: forward-equivalents of having the network read one prompt, see :meth:`read`.
+        found_readers: the groups of layers that it found to read the prompt alone, for the record;
+            empty where they are known by name.
     """
 
     family: str = "another architecture"
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
+    own_cost: float = 0.0
+    reading_cost: float = 0.0
+    found_readers: Sequence[FoundReaders] = ()
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], together: bool = False) -> list[Encoded]:
@@ -97,6 +106,12 @@ class Denoiser(ABC):
         tokens = [name for name in self.names if family.readers_known and reads_prompt(name)]
         pooled = [name for name in self.names if name == family.pooled_matrix]
         return {way: names for way, names in ((TOKENS, tokens), (POOLED, pooled)) if names}
+
+    def read(self, prompts: Sequence[Encoded]) -> None:  # noqa: B027 - most do nothing
+        """Fill in what the network reads of prompts where that isn't what the encoder gave.
+
+        See :attr:`prompt.Encoded.read`. The default is for networks that read just that.
+        """
 
     @cached_property
     def base(self) -> Mapping[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import lcm
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,40 +15,75 @@ TOKENS, POOLED = "tokens", "pooled vector"
 
 
 @dataclass(frozen=True)
+class Read:
+    """What a network reads of a prompt on a way of its own, float32 on the CPU.
+
+    Attributes:
+        rows: (rows, size).
+        places: for each of them the row of the token embeddings that it stands for, (rows,).
+        ids: token ids of the rows, where they are of another tokenizer than the embeddings.
+    """
+
+    rows: Tensor
+    places: Tensor
+    ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Encoded:
     """A prompt as the text encoder gives it, float32 on the CPU.
 
     Attributes:
         tokens: token embeddings, (tokens, width).
         pooled: the pooled vector of models that take one beside the tokens, (size,); else None.
+        extras: what else the text encoder gives the network, by the host's names, such as masks,
+            ids, the output of another encoder.
+        read: by way, what the network reads of it where that is something else than the above.
+            :meth:`denoiser.Denoiser.read` fills it in.
     """
 
     tokens: Tensor
     pooled: Tensor | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    read: dict[str, Read] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, way: str) -> Tensor:
         """What enters on a way, (rows, size): a pooled vector is a single row.
 
         Args:
-            way: :data:`TOKENS` or :data:`POOLED`.
+            way: :data:`TOKENS`, :data:`POOLED`, or one of :attr:`read`.
 
         Raises:
             ValueError: another way, or one on which nothing of this prompt enters.
         """
+        if way in self.read:
+            return self.read[way].rows
         if way == TOKENS:
             return self.tokens
         if way == POOLED and self.pooled is not None:
             return self.pooled[None]
         raise ValueError(f"This prompt has no {way!r}.")
 
+    def places(self, way: str) -> list[int]:
+        """For each row that enters on a way, the row of the token embeddings it stands for."""
+        if way in self.read:
+            return [int(place) for place in self.read[way].places.tolist()]
+        return list(range(len(self.rows(way))))
+
     def zeroed(self) -> Encoded:
         """The same shapes filled with zeros: what some workflows use as the null prompt."""
         pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
-        return Encoded(torch.zeros_like(self.tokens), pooled)
+        return Encoded(torch.zeros_like(self.tokens), pooled, self.extras)
+
+    def with_pooled(self, pooled: Tensor | None) -> Encoded:
+        """The same tokens with another pooled vector."""
+        return Encoded(self.tokens, pooled, self.extras)
 
     def tensors(self) -> list[Tensor]:
-        """The embeddings that there are."""
-        return [self.tokens] if self.pooled is None else [self.tokens, self.pooled]
+        """All that the text encoder gave, in a fixed order."""
+        extras = [self.extras[name] for name in sorted(self.extras)]
+        parts = [self.tokens, self.pooled, *extras]
+        return [part for part in parts if isinstance(part, Tensor)]
 
 
 class ReadsText(Protocol):

@@ -127,7 +127,7 @@ def _drifts(
     given.meter.say("Checking what must stay")
     show = show_kept(given)
     null = drift([prompts.null] * NULL_STATES, None if prompts.keep else show)
-    zeroed = drift([prompts.null.zeroed()])
+    zeroed = drift([prompts.zeroed])
     kept = drift([prompt for _, prompt in prompts.keep], show)
     negatives = drift(prompts.negatives)
     given.meter.say("Checking what nobody named")
@@ -174,7 +174,7 @@ def _drift(
         states = checked[middles(len(checked), len(asked))]
         return prompt_drift(given.model, asked, states, edit, given.checked_at_once, seen)
     readers = {name: w for way in ways if way.name == TOKENS for name, w in way.matrices.items()}
-    return [key_value_drift(edit, readers, prompt.tokens) for prompt in asked]
+    return [key_value_drift(edit, readers, prompt.rows(TOKENS)) for prompt in asked]
 
 
 def _null_leakage(given: Given, edit: LowRankEdit) -> float | None:

@@ -94,6 +94,7 @@ def erase(
 def _learned(given: Given, language_cache: MutableMapping[str, Tensor] | None) -> Erasure:
     """The erasure, from reading to record."""
     settings = given.settings
+    given.prompts.read_by(given.model)
     # What must stay, and what the text encoder says beside it.
     exact = exact_prompts(settings, given.prompts)
     given, heard = _hear(given, language_cache)
@@ -129,8 +130,8 @@ def _given(settings: EraseSettings, denoiser: Denoiser, meter: Meter) -> Given:
     if settings.form == "hard" and TOKENS not in model.ways:
         raise SettingsError(
             f"The hard form needs matrices of which it is known that they read the prompt and "
-            f"nothing else; of {model.family} none are known. Choose the soft form, and "
-            "'balanced' or 'thorough' as the preset."
+            f"nothing else; of {model.family} none are known by name. Choose 'readers' as the "
+            "layers, which finds them by predictions, or the soft form."
         )
     meter.say("Reading the prompts")
     random = torch.Generator().manual_seed(settings.seed)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..method.language import Language, read_language, read_moment, shrunk
 from ..method.reading import (
+    WORDS_PER_CAPTION,
     Reading,
     choose_reading,
     evenly_spaced,
@@ -31,6 +32,12 @@ OTHER_PROMPTS = 256
 # How far their second moment is drawn towards one that protects all directions alike: farther than
 # that of tokens, as the prompts are few beside the size of a pooled vector.
 OTHER_SHRINKAGE = 0.1
+
+
+# What reading ordinary language may cost where the network has to do it, in forward-equivalents.
+# At the models' own sizes it is less than one; on small ones it would be more than all the rest.
+READING_BUDGET = 150
+LEAST_CAPTIONS = 8
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ def hear(given: Given, cache: MutableMapping[str, Tensor] | None) -> Heard:
         NothingLearnedError: it is to stop.
     """
     settings, model = given.settings, given.model
-    captions = plain_captions(settings.captions)
+    captions = plain_captions(_captions_to_read(settings.captions, model.reading_cost))
     reading = choose_reading(model, captions, settings.kind)
     words = [word for word, _ in reading.witnesses]
     if TOKENS not in model.ways:
@@ -79,6 +86,18 @@ def hear(given: Given, cache: MutableMapping[str, Tensor] | None) -> Heard:
     # Without predictions the rows that were read will do.
     unnamed = _unnamed(given, reading, words) if settings.samples else {}
     return Heard(language, moments, unnamed, [])
+
+
+def _captions_to_read(asked: int, each: float) -> int:
+    """How many captions are read, of those that were asked for.
+
+    Args:
+        each: forward-equivalents that one prompt costs.
+    """
+    if not each:
+        return asked
+    prompts = READING_BUDGET / each
+    return max(LEAST_CAPTIONS, min(asked, int(prompts / (1 + WORDS_PER_CAPTION))))
 
 
 def _unnamed(given: Given, reading: Reading, witnesses: Sequence[str]) -> dict[str, Encoded]:

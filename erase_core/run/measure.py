@@ -157,7 +157,7 @@ def pooled_leak(
     ways: list[list[Tensor]] = [[], []]
     for part in torch.arange(len(states)).split(batch):
         here, asked = states[part], [pairs[i] for i in states.index[part].tolist()]
-        mixed = [Encoded(pair.alternative.tokens, pair.erased.pooled) for pair in asked]
+        mixed = [pair.alternative.with_pooled(pair.erased.pooled) for pair in asked]
         alternatives = [pair.alternative for pair in asked]
         before = _predict(denoiser, here.x, here.sigma, mixed)
         after, home = (

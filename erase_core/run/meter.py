@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from ..model.denoiser import Denoiser
 from ..model.low_rank import LowRankEdit
 from ..model.memory import ADVICE, out_of_memory
 from ..model.prompt import Encoded
+from ..model.readers import FoundReaders
 
 # Of a run that predicts something, what reading ordinary language is on a bar. It takes about as
 # long as a fifth of a run on a device where both are fast, and is seldom done.
@@ -339,15 +341,38 @@ class MeteredDenoiser(Denoiser):
         self._denoiser = denoiser
         self._most: int | None = None  # images at a time, once memory has run out
         self._with_gradient = PLAIN_GRADIENT
+        self._own = 0  # of the denoiser's own predictions, what is counted
 
     @cached_property
     def names(self) -> Collection[str]:
         """As the denoiser's own, like all that follows."""
-        return self._denoiser.names
+        names = self._denoiser.names
+        self._count_own()
+        return names
 
     @cached_property
     def ways(self) -> Mapping[str, Sequence[str]]:
-        return self._denoiser.ways
+        ways = self._denoiser.ways
+        self._count_own()
+        return ways
+
+    @property
+    def found_readers(self) -> Sequence[FoundReaders]:  # type: ignore[override]
+        return self._denoiser.found_readers
+
+    @property
+    def reading_cost(self) -> float:  # type: ignore[override]
+        return self._denoiser.reading_cost
+
+    def read(self, prompts: Sequence[Encoded]) -> None:
+        self._denoiser.read(prompts)
+        self._count_own()
+
+    def _count_own(self) -> None:
+        """Count the predictions that the denoiser made by itself, in whole ones."""
+        own = ceil(self._denoiser.own_cost)
+        self.meter.spent += own - self._own
+        self._own = own
 
     @cached_property
     def base(self) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, cast
 
@@ -55,11 +55,24 @@ def record_of(
         "others": collateral,
         "warnings": _warnings(given, trained, exact, measures, collateral, heard),
         **_training(given, trained),
+        **_readers(given, edit.factors),
         "curve": thinned(given.meter.curve),
         "forward_equivalents": given.meter.spent,
         "seconds": round(time.monotonic() - given.began, 2),
     }
     return cast(Record, found)
+
+
+def _readers(given: Given, edited: Collection[str]) -> dict[str, Any]:
+    """The layers that were found to read the prompt alone; nothing where names tell them."""
+    rows = []
+    for found in given.model.found_readers:
+        names = given.model.ways.get(found.way, ()) if found.way else ()
+        inside = any(name in edited for name in names)
+        why = "" if inside else found.why or "what must stay leaves no room in them"
+        row = {"name": found.name, "matrices": found.matrices, "width": found.width}
+        rows.append({**row, "edited": inside, "why": why})
+    return {"readers": rows} if rows else {}
 
 
 def _training(given: Given, trained: Trained) -> dict[str, Any]:

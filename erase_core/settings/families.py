@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .layers import READERS
+
 
 @dataclass(frozen=True)
 class Family:
@@ -30,7 +32,8 @@ class Family:
         notes: what a person should know about erasing on it, for the report.
         diffusers_names: what diffusers calls the matrices that it doesn't read under their kohya
             names, by those; empty where it reads all of them; None where that isn't known.
-        readers_known: whether :func:`layers.reads_prompt` can be believed about its matrices.
+        readers_known: whether :func:`layers.reads_prompt` can be believed about its matrices, which
+            spares the predictions that would find the same.
     """
 
     name: str
@@ -121,21 +124,14 @@ FLUX = Family(
 
 FAMILIES = {family.name: family for family in (SD1, SD2, SD2_V, SDXL, SD3, FLUX)}
 
-# Training starts from no change there, so that a larger step has nothing to undo. On shrunken
-# models of five architectures 0.003 moved the guidance by 0.35 to 0.57, 0.02 by 0.55 to 0.91.
-_FROM_NOTHING = {
-    "form": "soft",
-    "layers": "prompt-fed",
-    "resolution": 1024,
-    "learning_rate": 0.02,
-}
+# What reads the prompt alone is found by predictions there, see :mod:`..model.readers`.
+_MEASURED = {"layers": READERS, "resolution": 1024}
 
 
 def generic(name: str) -> Family:
     """An architecture that is not in :data:`FAMILIES`, by the host's name for it.
 
-    Its matrices are found by rule. What reaches them on the way from the text encoder isn't known,
-    so nothing is solved in closed form, and the penalty holds what must stay.
+    The layers that read its prompts, and what they read, are found by predictions.
     """
     return Family(
         name,
@@ -143,10 +139,10 @@ def generic(name: str) -> Family:
         name,
         name,
         joint=True,
-        defaults=_FROM_NOTHING,
+        defaults=_MEASURED,
         notes=(
-            "Experimental: this architecture isn't among the families that erasing was built for "
-            f"({', '.join(FAMILIES)}). Its layers were found by their names; nothing is exact.",
+            "Experimental: no trained weights of this architecture were tried, only shrunken "
+            "models with random ones.",
         ),
         diffusers_names=None,
         readers_known=False,

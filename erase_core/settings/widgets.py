@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .families import Family, generic
+from .families import Family
+from .layers import RULE_DEFAULTS
 from .settings import EraseSettings, preset_settings
 from .texts import SettingsError, parse_concepts, refuse_unfinished
 
@@ -48,10 +49,9 @@ def settings_of(widgets: Mapping[str, Any], family: Family | None = None) -> Era
         name: None if _is(AUTO, widgets.get(name, AUTO)) else widgets[name]
         for name in ("form", "layers")
     }
-    defaults = family.defaults if family else {}
-    other = generic("").defaults
-    if family is None and chosen["form"] is None and chosen["layers"] == other["layers"]:
-        defaults = other  # of the models that these layers are for
+    defaults = dict(family.defaults) if family else {}
+    if (family is None or not family.readers_known) and isinstance(chosen["layers"], str):
+        defaults |= RULE_DEFAULTS.get(chosen["layers"], {})
     return preset_settings(
         widgets.get("preset", "balanced"),
         distilled=widgets.get("model_type", MODEL_TYPES[0]) == DISTILLED_MODEL,

@@ -150,6 +150,8 @@ def test_layer_rules_take_what_they_name(rule):
     assert (
         taken
         == {
+            "readers": ["attn2_to_k", "attn2_to_v", "context_embedder", "txt_in"],
+            "first-readers": ["attn2_to_k", "attn2_to_v", "context_embedder", "txt_in"],
             "key-value": ["attn2_to_k", "attn2_to_v"],
             "cross-attention": ["attn2_to_q", "attn2_to_k", "attn2_to_v"],
             "attention": ["attn1_to_q", "attn2_to_q", "attn2_to_k", "attn2_to_v"],

@@ -23,7 +23,10 @@ class EmojiReader:
     def __init__(self) -> None:
         self._encoder = unpack(load_file(WEIGHTS))[1]
 
+    read = 0  # prompts
+
     def encode(self, prompts, together=False):
+        self.read += len(prompts)
         with torch.no_grad():
             return [Encoded(rows) for rows in self._encoder(tokenize(list(prompts)))]
 
@@ -93,3 +96,41 @@ def test_an_interrupt_passes(emoji):
 
     with pytest.raises(Stopped):
         suggest(emoji, Concept("cat"), "object", progress=stop)
+
+
+def test_what_was_read_is_not_read_again_by_the_same_encoder_alone():
+    cache: dict[str, torch.Tensor] = {}
+    reader, cat = EmojiReader(), Concept("cat")
+    plain = suggest(EmojiReader(), cat, "object", first("kitten"))
+    assert suggest(reader, cat, "object", first("kitten"), cache=cache) == plain
+    (kept,) = cache.values()
+    assert reader.read > 20 and len(kept) >= 20 and bool(kept.isfinite().all())
+    reader.read = 0
+    assert suggest(reader, cat, "object", first("kitten"), cache=cache) == plain
+    assert reader.read == 1  # by which it is known again
+    other = EmojiReader()
+    for weight in other._encoder.parameters():
+        weight.data.mul_(1.01)
+    own = suggest(other, cat, "object", first("kitten"))
+    assert suggest(other, cat, "object", first("kitten"), cache=cache) == own
+    assert len(cache) == 2
+    # A file that is another's, or half of one, counts as none.
+    for wrong in (kept[:, :-1], kept.half(), kept[0]):
+        damaged = dict.fromkeys(cache, wrong)
+        assert suggest(reader, cat, "object", first("kitten"), cache=damaged) == plain
+
+
+def test_who_cancels_reads_the_rest_alone_the_next_time():
+    cache: dict[str, torch.Tensor] = {}
+    reader, total = EmojiReader(), []
+
+    def stop(done, of):
+        total.append(of)
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        suggest(reader, Concept("cat"), "object", first("kitten"), stop, cache)
+    read, reader.read = reader.read - 1, 0
+    suggest(reader, Concept("cat"), "object", first("kitten"), cache=cache)
+    assert 0 < read < total[0] and reader.read - 1 == total[0] - read

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import comfy.model_management
 import comfy.model_patcher
@@ -80,15 +81,24 @@ def built_model(architecture: str, **changes):
         config = config_class(_known_here(architecture, unet))
         config.set_inference_dtype(torch.float32, None)
         model = comfy.model_patcher.ModelPatcher(config.get_model({}, "", offload), device, offload)
-        generator = torch.Generator().manual_seed(0)
-        for name, weight in model.model.diffusion_model.state_dict().items():
-            noise = torch.randn(weight.shape, generator=generator)
-            if weight.ndim > 1 and "pos_embed" not in name:
-                gain = _gain(architecture, name)
-                weight.copy_(gain * noise / math.sqrt(weight[0].numel()))
-            else:  # the biases of the modulation open its gates
-                weight.copy_(1 + 0.1 * noise if "norm" in name else 0.3 * noise)
+        filled(model.model.diffusion_model, lambda name: _gain(architecture, name))
         return model, random_text_encoder(comfy.supported_models.SD15({}))
+
+
+def filled(network: torch.nn.Module, gain: Callable[[str], float]) -> None:
+    """Give a network random weights, the same each time.
+
+    Args:
+        gain: of a matrix's name, how much larger its numbers are than those that neither grow nor
+            shrink what goes through.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in network.state_dict().items():
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.ndim > 1 and "pos_embed" not in name:
+            weight.copy_(gain(name) * noise / math.sqrt(weight[0].numel()))
+        else:  # the biases of the modulation open its gates
+            weight.copy_(1 + 0.1 * noise if "norm" in name else 0.3 * noise)
 
 
 def _known_here(architecture: str, unet: dict) -> dict:
@@ -194,7 +204,7 @@ _TRANSFORMERS = {
         {
             "image_model": "wan2.1",
             "model_type": "t2v",
-            "dim": 128,
+            "dim": 512,  # wide enough that a null prompt of 77 tokens leaves room
             "ffn_dim": 256,
             "text_dim": _TEXT,
             "num_heads": 4,

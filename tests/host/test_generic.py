@@ -29,7 +29,17 @@ from .small import built_model
 from .test_families import QUICK, noisy, sampled_x0
 
 PIXELS = {"pixart": 288}  # the host divides by zero on smaller ones there
-MATRICES = {"auraflow": 5, "chroma": 3, "lumina": 2, "pixart": 4, "wan": 7}
+MATRICES = {"auraflow": 5, "chroma": 3, "lumina": 2, "pixart": 4, "wan": 7}  # by name
+# The layers that are edited, found by predictions: all that read what the first of them reads.
+# PixArt's keys and values read too little here for a null prompt of 77 tokens to leave room.
+READERS = {
+    "auraflow": ("cond_seq_linear", 1),
+    "chroma": ("txt_in", 1),
+    "lumina": ("cap_embedder.1", 1),
+    "pixart": ("y_embedder.y_proj.fc1", 1),
+    "wan": ("blocks.0.cross_attn.k", 6),
+}
+SOFT = {"form": "soft", "layers": "prompt-fed", "learning_rate": 0.02}
 
 
 def pixels(model) -> int:
@@ -92,18 +102,49 @@ def test_it_is_asked_as_the_hosts_samplers_ask_it(small, name):
     assert (expected[0] - expected[1]).norm() > 1e-4 * expected.norm()
 
 
+@pytest.fixture(scope="module")
+def finished(small):
+    """Erasures by architecture, each trained once."""
+    made = {}
+
+    def get(name: str) -> Erasure:
+        if name not in made:
+            made[name] = train(*small(name))
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_layers_that_read_the_prompt_alone_are_found_by_predictions(small, name):
+    model, clip = small(name)
+    with torch.inference_mode(False), ComfyDenoiser(model, clip, "", 6, pixels(model)) as denoiser:
+        edited = denoiser.ways["tokens"]
+        first = "lora_unet_" + READERS[name][0].replace(".", "_")
+        assert edited[0] == first and len(edited) == READERS[name][1]
+        (row,) = [row for row in denoiser.found_readers if row.way]
+        assert (row.name, row.matrices) == READERS[name]
+        assert all(row.why for row in denoiser.found_readers if not row.way)
+        (prompt,) = denoiser.encode(["a cat"])
+        denoiser.read([prompt])
+        # Tokens are read as they were encoded where nothing is in front of the layer.
+        assert bool(prompt.read) is (name in ("lumina", "wan"))
+        assert denoiser.own_cost < 20
+
+
 @pytest.mark.parametrize("name", ["auraflow", "lumina", "wan"])
-def test_it_moves_holds_and_goes_through_every_loader_alike(small, name, tmp_path):
+def test_it_moves_stays_exact_and_goes_through_every_loader_alike(small, finished, name, tmp_path):
+    """What is kept stays within 1e-5, on tokens as encoded, normed ones, and those of a layer."""
     model, clip = small(name)
     before = weights_of(model)
-    erasure = train(model, clip)
+    erasure = finished(name)
     record, measures = erasure.record, erasure.record["measures"]
-    assert record["form"] == "soft" and record["matrices"] == MATRICES[name]
-    assert record["gradient_apart"] <= 0.01
-    moved = measures["moved_held_out"]
-    assert moved["overall"] >= 0.6
-    assert measures["null_drift"] ** 2 <= 0.05 * moved["erased_change"] ** 2
-    assert "Experimental: this architecture" in report_text(record)
+    assert record["form"] == "hard" and record["forward_equivalents"] <= 900
+    assert (record["readers"][0]["edited"], record["matrices"]) == (name != "wan", READERS[name][1])
+    assert measures["moved_held_out"]["overall"] >= 0.9
+    report = report_text(record)
+    assert f"{READERS[name][0]}: {READERS[name][1]} of width" in report
+    assert "Experimental: no trained weights of this architecture" in report
     path = save_erasure(erasure, tmp_path, "cat")
     loaded = Erasure.load(path)
     patched = apply_erasure(model, loaded, 1.0)
@@ -111,16 +152,33 @@ def test_it_moves_holds_and_goes_through_every_loader_alike(small, name, tmp_pat
     with torch.inference_mode():
         file = comfy.utils.load_torch_file(str(path))
         stock, _ = comfy.sd.load_lora_for_models(model, None, file, 1.0, 0.0)
-    erased = encode_prompts(clip, ["a photo of a cat"])[0]
-    ours = x0_of(patched, erased)
+    (tiger,) = measures["kept"]
+    assert tiger["exact"] is (name != "wan")  # which is as narrow as three prompts are long
+    texts = ["", "blurry", *([tiger["text"]] if tiger["exact"] else []), "a photo of a cat"]
+    *kept, erased = encode_prompts(clip, texts)
+    for prompt in kept:
+        clean = x0_of(model, prompt)
+        for one in (patched, apply_erasure(model, erasure, 1.0, "exact")):
+            assert (x0_of(one, prompt) - clean).norm() <= 1e-5 * clean.norm()
+    ours, clean = x0_of(patched, erased), x0_of(model, erased)
     assert torch.equal(x0_of(stock, erased), ours)
-    assert torch.equal(x0_of(apply_erasure(model, erasure, 1.0), erased), ours)
+    assert torch.equal(x0_of(apply_erasure(model, erasure, 0.0), erased), clean)
     exact = x0_of(apply_erasure(model, erasure, 1.0, "exact"), erased)
-    change = (ours - x0_of(model, erased)).norm()
-    assert (exact - ours).norm() <= 0.01 * change and change > 1e-4 * ours.norm()
+    change = (ours - clean).norm()
+    assert (exact - ours).norm() <= 0.01 * change and change > 1e-3 * ours.norm()
     model.unpatch_model()
     after = weights_of(model)
     assert all(torch.equal(weight, after[key]) for key, weight in before.items())
+
+
+def test_the_soft_form_on_layers_by_name_is_still_a_choice(small):
+    erasure = train(*small("auraflow"), **SOFT)
+    record, measures = erasure.record, erasure.record["measures"]
+    assert record["form"] == "soft" and record["matrices"] == MATRICES["auraflow"]
+    assert record["gradient_apart"] <= 0.01 and "readers" not in record
+    moved = measures["moved_held_out"]
+    assert moved["overall"] >= 0.6
+    assert measures["null_drift"] ** 2 <= 0.05 * moved["erased_change"] ** 2
 
 
 def test_their_layers_are_not_refused_before_the_model_is_known(small):
@@ -162,7 +220,7 @@ def test_a_gradient_that_is_cut_off_ends_the_run(small, monkeypatch):
 
     monkeypatch.setattr(ComfyDenoiser, "predict_x0", cut)
     with pytest.raises(GradientError, match="No gradient reaches"):
-        train(model, clip)
+        train(model, clip, steps=2)
 
 
 def test_a_rule_that_matches_nothing_lists_the_rules(small):
@@ -171,13 +229,25 @@ def test_a_rule_that_matches_nothing_lists_the_rules(small):
         ComfyDenoiser(model, clip, "", 6, 64, "text-input")
 
 
-@pytest.mark.parametrize("layers", ["prompt-fed", "text-input"])
-def test_the_hard_form_and_the_instant_preset_are_refused(small, layers):
+def test_the_hard_form_is_refused_on_layers_by_name(small):
     model, clip = small("chroma")
-    with pytest.raises(SettingsError, match="The hard form .*Choose the soft form"):
-        train(model, clip, form="hard", layers=layers)
-    with pytest.raises(SettingsError, match="no instant variant"):
-        preset_settings("instant", family=trainable_family(model).defaults, concepts="cat")
+    with pytest.raises(SettingsError, match="The hard form .*prompt and nothing else"):
+        train(model, clip, form="hard", layers="prompt-fed")
+    with pytest.raises(SettingsError, match="none are known by name.*'readers' as the layers"):
+        train(model, clip, form="hard", layers="text-input")
+
+
+def test_the_instant_preset_predicts_only_to_find_what_reads_the_prompt(small):
+    model, clip = small("lumina")
+    settings = preset_settings(
+        "instant", family=trainable_family(model).defaults, concepts="cat => dog", captions=40
+    )
+    with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
+        with ComfyDenoiser(model, clip, "s", 6, settings.resolution, settings.layers) as denoiser:
+            record = erase(settings, denoiser).record
+    assert record["form"] == "hard" and record["concepts"][0]["keys_and_values_moved"] >= 0.5
+    assert record["measures"]["null_drift"] <= 1e-6
+    assert 0 < record["forward_equivalents"] < 10
 
 
 def built(config):
@@ -187,21 +257,13 @@ def built(config):
 
 
 def test_what_takes_more_than_a_prompt_is_refused_by_name(small):
-    """A picture beside the noise, another text encoder, latents of sound."""
+    """A picture beside the noise, latents of sound."""
     unet, clip = small("wan")[0].model.model_config.unet_config, small("wan")[1]
     fields = {k: v for k, v in unet.items() if k not in ("disable_unet_model_creation", "dtype")}
     from_picture = built(comfy.supported_models.WAN21_T2V({**fields, "in_dim": 36}))
     with pytest.raises(UnsupportedModelError, match="WAN21_T2V.*a picture or a mask beside"):
         ComfyDenoiser(from_picture, clip, "", 6, 64)
     model = small("lumina")[0]
-
-    class TwoEncoders(RememberingClip):
-        def encode_from_tokens(self, tokens, **options):
-            given = super().encode_from_tokens(tokens, **options)
-            return {**given, "conditioning_llama3": 1} if options.get("return_dict") else given
-
-    with pytest.raises(UnsupportedModelError, match="text encoder also gives it conditioning_lla"):
-        ComfyDenoiser(model, TwoEncoders(clip), "", 6, 64)
     sound = model.clone()
     sound.model = copy.copy(model.model)
     sound.model.latent_format = comfy.supported_models.StableAudio.latent_format()

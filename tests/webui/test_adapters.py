@@ -219,6 +219,16 @@ def test_names_are_those_that_every_program_knows(fake):
     assert len(names) == 14  # keys and values of seven blocks
 
 
+def test_predictions_find_the_layers_that_are_known_by_name(fake):
+    """The rule for networks that are no family, on one whose keys and values have names."""
+    fake.load()
+    with denoiser(fake) as by_name, denoiser(fake, "readers") as found:
+        assert set(found.names) == set(by_name.names)
+        assert found.ways.keys() == by_name.ways.keys()
+        assert all(set(found.ways[way]) == set(names) for way, names in by_name.ways.items())
+        assert 0 < found.own_cost < 20 and by_name.own_cost == 0
+
+
 def test_names_agree_with_comfyuis(fake):
     """The host whose files the others read: by its own table, from the same network."""
     import comfy.utils
