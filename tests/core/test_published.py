@@ -72,7 +72,6 @@ def test_the_list_of_published_files_is_the_pack(archive):
         "install.py",
         "faces",
         "nodes",
-        "faces",
         "erase_core",
     }
     whole = {"LICENSE", "README.md", "pyproject.toml", "requirements.txt", "web"}
