@@ -1,3 +1,3 @@
 """The version of the engine: raised with each change of results, as stored ones are found by it."""
 
-VERSION = "0.9.0"
+VERSION = "0.10.0"

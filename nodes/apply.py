@@ -20,6 +20,7 @@ from ..erase_core.artefact.stack import (
     harm_text,
     left_behind_warnings,
     overlap_warnings,
+    rounding_warnings,
     stack_text,
     together_text,
 )
@@ -35,6 +36,7 @@ from .host import ComfyDenoiser
 from .kinds import misfit
 from .matrices import is_base_of, known_matrices, kohya_keys, original_weights
 from .messages import upstream_file, warn_all
+from .packed import coarse_format
 from .refusals import refusal
 from .schema import CATEGORY, ErasureType, compatible
 from .stores import language_store
@@ -118,6 +120,8 @@ class ApplyErasure(io.ComfyNode):
         if strength and mode == EXACT:
             takers = weight_takers(cls.hidden.prompt, cls.hidden.unique_id)
             warnings += left_behind_warnings(erasure, takers)
+        if strength and mode == MERGE:
+            warnings += rounding_warnings(coarse_formats(model, erasure))
         changes = None if clip is None else stack_changes(patched, clip)
         warnings += harm_text(applied_to(patched), changes)
         warn_all(warnings, cls.hidden.unique_id, stack_report(patched, changes))
@@ -179,6 +183,14 @@ def mismatches(model, erasure: Erasure, clip, name: str) -> list[str]:
 def applied_to(model) -> tuple[AppliedErasure, ...]:
     """The erasures on a model, in the order in which they were applied."""
     return model.get_attachment(ATTACHMENT) or ()
+
+
+def coarse_formats(model, erasure: Erasure) -> list[str]:
+    """What the weights that an erasure changes are kept in, of those kept in few bits."""
+    keys = kohya_keys(model)
+    layers = (keys[name].removesuffix(".weight") for name in erasure.factors)
+    found = {coarse_format(model.model.get_submodule(layer).weight) for layer in layers}
+    return sorted(found - {""})
 
 
 def stack_report(model, changes: WordChanges | None = None) -> str:

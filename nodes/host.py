@@ -148,7 +148,7 @@ class ComfyDenoiser(ReadingDenoiser):
         paths = {name: key[start:end] for name, key in editable_keys(self._model).items()}
         _, height, width = self.latent_shape(self._resolution)
         try:
-            return self._readers_in(
+            readers = self._readers_in(
                 self._twin.diffusion_model,
                 paths,
                 self._x0_of,
@@ -157,6 +157,10 @@ class ComfyDenoiser(ReadingDenoiser):
             )
         except NoReadersError as error:
             raise unsupported(self._family, str(error)) from error
+        if readers.needs_no_network:  # the text encoder may have the device for itself again
+            readers.let_go()
+            vars(self).pop("_twin")
+        return readers
 
     @functools.cached_property
     def _modules(self) -> dict[str, nn.Module]:

@@ -117,6 +117,21 @@ def _unpacked_by_itself(module: nn.Module) -> bool:
     return weight is not None and not is_plain(weight) and not is_packed(weight)
 
 
+def coarse_format(weight: Tensor) -> str:
+    """What a weight is kept in, where a patch merged into it is rounded to a few bits; else "".
+
+    Bytes that the layers unpack themselves, as of GGUF files, are patched when they are unpacked.
+    """
+    if is_plain(weight):
+        kept = weight
+    elif is_packed(weight) or not hasattr(weight, "__tensor_flatten__"):
+        return ""
+    else:
+        weight = weight.detach()  # the host's own notes its parts on what it is asked for
+        kept = getattr(weight, weight.__tensor_flatten__()[0][0])  # type: ignore[attr-defined]
+    return str(kept.dtype).removeprefix("torch.") if kept.element_size() == 1 else ""
+
+
 def unpatched(weight: Tensor) -> Tensor:
     """The weight without the patches that a packed one carries with it."""
     if not getattr(weight, "patches", None):

@@ -1,4 +1,4 @@
-"""The two models behind one face: things, phrases, a denoiser, pictures, a judge."""
+"""The models behind one face: things, phrases, a denoiser, pictures, a judge."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "unnamed"
 WEIGHTS = {
     name: ROOT / "benchmarks" / name / "weights" / f"{name}.safetensors"
-    for name in ("emoji", "icons")
+    for name in ("emoji", "icons", "flow")
 }
 
 # Phrases in which neither model's erasure is trained, nor its words are read.
@@ -98,14 +98,19 @@ def identity(name: str) -> str:
 
 
 def open_world(name: str) -> World:
-    """The model of that name: "emoji" or "icons".
+    """The model of that name: "emoji", "icons" or "flow".
 
     Raises:
         KeyError: another name.
     """
-    from benchmarks.unnamed import emoji_world, icons_world
+    from benchmarks.unnamed import emoji_world, flow_world, icons_world
 
-    return {"emoji": emoji_world.EmojiWorld, "icons": icons_world.IconsWorld}[name]()
+    worlds = {
+        "emoji": emoji_world.EmojiWorld,
+        "icons": icons_world.IconsWorld,
+        "flow": flow_world.FlowWorld,
+    }
+    return worlds[name]()
 
 
 def drawing_device() -> torch.device:

@@ -129,6 +129,21 @@ def left_behind_warnings(erasure: Erasure, takers: Sequence[str]) -> list[str]:
     return [left_behind_text(f"the erasure of {erasure.concept!r}", takers)] if takers else []
 
 
+def rounding_warnings(formats: Sequence[str]) -> list[str]:
+    """That merging rounds weights of few bits again, whatever they are multiplied with.
+
+    Args:
+        formats: of the weights that an erasure changes, those of few bits.
+    """
+    if not formats:
+        return []
+    return [
+        f"The weights that this erasure changes are kept in few bits ({', '.join(formats)}). "
+        "Merged into them, it is rounded, and that changes every picture a little, those of the "
+        "prompts that are to stay as well. Choose mode 'exact', which doesn't round."
+    ]
+
+
 def left_behind_text(what: str, takers: Sequence[str]) -> str:
     """The same of anything that is kept beside the weights."""
     return (

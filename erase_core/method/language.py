@@ -346,8 +346,17 @@ def _where_it_is_summed(device: torch.device, width: int) -> torch.device:
     Of SDXL's width the sum is a thousand GFLOP: most of a minute on one core, and seconds even on
     cards that are 64 times as slow in float64 as in float32.
     """
-    there = device.type == "cuda" and width <= WIDEST_ON_A_CARD
+    there = width <= WIDEST_ON_A_CARD and _has_float64(device)
     return device if there else torch.device("cpu")
+
+
+def _has_float64(device: torch.device) -> bool:
+    """Whether a device multiplies in float64; some can't even hold such numbers."""
+    try:
+        one = torch.ones(1, 1, dtype=torch.float64, device=device)
+        return float(one @ one) == 1
+    except (TypeError, RuntimeError):
+        return False
 
 
 def second_moment(prompts: Iterable[Tensor]) -> Tensor:

@@ -111,9 +111,19 @@ class PromptReaders:
         }
 
     @property
+    def needs_no_network(self) -> bool:
+        """Whether all that is read is what the text encoder gives."""
+        return all(way.as_encoded for way in self._ways)
+
+    def let_go(self) -> None:
+        """Keep no layer of the network, where it isn't needed any more."""
+        _ = self.takes_pooled, self.found, self._heeds_masks  # which are found by it
+        self._layers = {}
+
+    @property
     def cost_of_reading(self) -> float:
         """Of one prompt, in predictions; 0 where the network isn't needed for it."""
-        return 0.0 if all(way.as_encoded for way in self._ways) else self._share_of_reading
+        return 0.0 if self.needs_no_network else self._share_of_reading
 
     @cached_property
     def takes_pooled(self) -> bool:
@@ -126,9 +136,9 @@ class PromptReaders:
     def read(self, prompts: Sequence[Encoded]) -> None:
         """Fill in what the network reads of prompts where that isn't what was encoded."""
         new = [p for p in {id(p): p for p in prompts}.values() if not self._is_read(p)]
-        for key, alike in groupby(sorted(new, key=shapes_of), shapes_of):
+        for _, alike in groupby(sorted(new, key=shapes_of), shapes_of):
             group = list(alike)
-            step = AT_ONCE if self._batches and key else 1
+            step = AT_ONCE if self.needs_no_network or self._batches else 1
             for start in range(0, len(group), step):
                 self._read_together(group[start : start + step])
 
@@ -269,7 +279,7 @@ class PromptReaders:
         digest.update(repr(shapes_of(self._probes[0])).encode())
         return digest.hexdigest()
 
-    @property
+    @cached_property
     def found(self) -> list[FoundReaders]:
         """Every group of readers, for the record."""
         ways = {way.group: way.name for way in self._ways}

@@ -443,9 +443,19 @@ def test_the_key_tells_lists_apart_that_read_alike():
     assert len(cache) == 6
 
 
-@pytest.mark.parametrize(
-    ("device", "width", "expected"),
-    [("cuda", 2048, "cuda"), ("cuda", 15360, "cpu"), ("mps", 768, "cpu"), ("cpu", 768, "cpu")],
-)
-def test_moments_are_summed_where_float64_is_and_has_room(device, width, expected):
-    assert language._where_it_is_summed(torch.device(device), width).type == expected
+@pytest.mark.parametrize("has_it", [True, False])
+@pytest.mark.parametrize("width", [2048, 15360])
+def test_moments_are_summed_where_float64_is_and_has_room(monkeypatch, has_it, width):
+    monkeypatch.setattr(language, "_has_float64", lambda device: has_it)
+    expected = "meta" if has_it and width == 2048 else "cpu"
+    assert language._where_it_is_summed(torch.device("meta"), width).type == expected
+
+
+def test_a_device_is_asked_for_float64(monkeypatch):
+    assert language._has_float64(torch.device("cpu"))
+
+    def refuse(*given, **named):
+        raise TypeError("Cannot convert a tensor to float64")
+
+    monkeypatch.setattr(torch, "ones", refuse)
+    assert not language._has_float64(torch.device("cpu"))

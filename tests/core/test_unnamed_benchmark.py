@@ -17,10 +17,11 @@ from benchmarks.emoji.words import STYLE_NAMES as EMOJI_STYLES
 from benchmarks.erasure.cases import TUNED
 from benchmarks.erasure.methods.base import last_subject_token
 from benchmarks.erasure.results import Cache, digest
+from benchmarks.flow.words import THING_NAMES as FLOW_THINGS
 from benchmarks.icons.words import STYLE_NAMES as ICON_STYLES
 from benchmarks.icons.words import THING_NAMES
 from benchmarks.unnamed import agreement, exactness, report, run
-from benchmarks.unnamed.cases import BROKEN, CASES, TEN, Case
+from benchmarks.unnamed.cases import BROKEN, CASES, FLOW, FLOW_TRIED, TEN, Case
 from benchmarks.unnamed.methods import (
     INSTANT,
     METHODS,
@@ -64,6 +65,15 @@ class PaperWorld:
         things = ["nothing" if edit else max(names, key=len) for names in named]
         styles = [next((s for s in self.styles if s in text), "ink") for text in texts]
         return Drawn(np.zeros((len(texts), 4, 4, 3), np.uint8), things, styles)
+
+
+def test_the_flow_models_cases_are_of_its_things_and_none_was_tried_before():
+    for case in (*FLOW, *FLOW_TRIED):
+        known = ICON_STYLES if case.kind == "style" else FLOW_THINGS
+        assert case.parts[0] in known and case.parts[1] in ("", *known), case
+    assert len({case.text for case in FLOW}) == len(FLOW) == 28
+    tried = {case.parts[0] for case in FLOW_TRIED}
+    assert tried.isdisjoint(case.parts[0] for case in FLOW)
 
 
 @pytest.mark.parametrize("world", CASES)

@@ -11,8 +11,9 @@ import comfy.utils
 import pytest
 import torch
 from concept_surgery.erase_core.artefact.language_store import LanguageStore
+from concept_surgery.erase_core.artefact.stack import rounding_warnings
 from concept_surgery.erase_core.model.low_rank import LowRankEdit
-from concept_surgery.nodes.apply import MODES, apply_erasure, mismatches
+from concept_surgery.nodes.apply import MODES, apply_erasure, coarse_formats, mismatches
 from concept_surgery.nodes.encoding import encode_prompts
 from concept_surgery.nodes.families import UnsupportedModelError
 from concept_surgery.nodes.host import ComfyDenoiser
@@ -209,6 +210,18 @@ def test_scaled_fp8_is_read_with_its_scale_and_trained_on(checkpoint):
             assert apart <= 0.04, name  # fp8 has three bits of fraction
     measures = train(model, clip).record["measures"]
     assert measures["moved_held_out"]["overall"] >= 0.8
+
+
+@pytest.mark.parametrize("kind", ["plain", *QUANTISED])
+def test_that_merging_rounds_weights_of_few_bits_is_said_where_it_does(checkpoint, finished, kind):
+    load = {"plain": comfy.sd.load_diffusion_model_state_dict, **QUANTISED}[kind]
+    with torch.inference_mode():
+        model = load(unet_tensors(checkpoint))
+    formats = coarse_formats(model, finished)
+    expected = {"plain": [], "gguf": [], "int8": ["int8"], "int8 rotated": ["int8"]}
+    assert formats == expected.get(kind, ["float8_e4m3fn"])
+    said = rounding_warnings(formats)
+    assert bool(said) == bool(formats) and all(f"({formats[0]})" in text for text in said)
 
 
 class Packed:
