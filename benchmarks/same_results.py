@@ -97,8 +97,6 @@ def families(keep: Keep) -> None:
         model, clip = (load_family if name in ("sd2", "sdxl") else built_model)(name)
         family = trainable_family(model).defaults
         given = {**QUICK, "steps": 6}
-        if family.get("form") == "soft":
-            given.pop("protection")
         settings = preset_settings("balanced", family=family, **given)
         remembering = RememberingClip(clip)
         with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():

@@ -239,6 +239,8 @@ def train(steps: int, batch: int, rate: float, minutes: float | None, device: to
             log(f"step {step + 1} loss {total / REPORT:.4f} {seconds:.2f} s/step {done:.0%}")
             clock, total = time.monotonic(), 0.0
         if (step + 1) % SNAPSHOT == 0:
+            wrong = (batches.tokens[at.roll(1)], batches.lengths[at.roll(1)])
+            log(f"with each other's prompts {_loss(network, clean, *wrong).item():.4f}")
             _snapshot(step + 1, network, average, optimizer)
     _snapshot(step + 1, network, average, optimizer)
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from concept_surgery.erase_core import Erasure, SettingsError
 from concept_surgery.erase_core.artefact.sheet import EMPTY, ERASED, Layout, Row
-from concept_surgery.nodes import compare, labels, messages
+from concept_surgery.faces import labels
+from concept_surgery.nodes import compare, messages
 from concept_surgery.nodes.apply import ApplyError, apply_erasure
 from concept_surgery.nodes.compare import CompareErasure
 from concept_surgery.nodes.families import UnsupportedModelError

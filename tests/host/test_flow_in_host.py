@@ -16,7 +16,9 @@ from benchmarks.flow.comfyui import known_width, load_clip, load_model
 from benchmarks.flow.model import FlowModel
 from benchmarks.flow.network import SHIFT, STEPS, Network, noise_levels
 from benchmarks.flow.text import TEMPLATE, token_rows, tokenize
-from benchmarks.icons.latents import fitted_patches
+from benchmarks.icons.build import packed_network as packed_icons
+
+from ..long import long
 
 TEXTS = ["a camel in pixel style", "a hot dog", "", "my favourite (shark:1.3) and [that]"]
 
@@ -25,7 +27,7 @@ TEXTS = ["a camel in pixel style", "a hot dog", "", "my favourite (shark:1.3) an
 def network() -> Network:
     torch.manual_seed(0)
     met = sorted({number for row in token_rows(TEXTS) for number in row})
-    made = Network(met, fitted_patches()).requires_grad_(False)
+    made = Network(met, packed_icons().patches).requires_grad_(False)
     torch.nn.init.normal_(made.transformer.final_layer.linear.weight, std=0.05)
     return made.eval()
 
@@ -106,6 +108,7 @@ def test_it_draws_in_the_host_what_it_draws_here(network, in_the_host) -> None:
     assert abs(pages - drawn).max() <= 2 < abs(pages - other).max()
 
 
+@long  # the engine's own tests say the same of a matrix that reads the prompt
 def test_it_is_erased_from_at_its_entry_layer(network) -> None:
     """The empty prompt stays, to rounding, and the concept's prompt moves."""
     model = FlowModel(network=network)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from concept_surgery.erase_core import Erasure, report_markdown, report_numbers, verdict
 from concept_surgery.erase_core.artefact.chart import MARGIN, NAMES, neighbour_chart
-from concept_surgery.nodes import labels, messages
+from concept_surgery.faces import labels
+from concept_surgery.nodes import messages
 from concept_surgery.nodes.report import ErasureReport
 from PIL import ImageFont
 
