@@ -25,7 +25,7 @@ _LOADERS = {
 }
 _ANY_LOADER = "Load CLIP with the type that bears the model's name"
 MATRIX = 2  # dimensions of one
-MOST_SIDE_BY_SIDE = 16  # layers of a text encoder
+SIDE_BY_SIDE = 12  # layers of a text encoder that Krea 2 is given
 
 
 def refuse_another_kind(model, clip) -> None:
@@ -86,12 +86,11 @@ def _widths_of_tokens(model, family: Family) -> set[int]:
 def _takes_somewhere(model, width: int) -> bool:
     """Whether any weight is as wide, be it a matrix that reads the tokens or a norm before it.
 
-    Some are given several layers of a text encoder side by side, and read each by itself.
+    Krea 2 is given several layers of a text encoder side by side, and reads each by itself.
     """
     weights = model.model.diffusion_model.state_dict().values()
     widths = {weight.shape[-1] for weight in weights if weight.ndim}
-    several = range(2, MOST_SIDE_BY_SIDE + 1)
-    return width in widths or any(width == count * one for one in widths for count in several)
+    return width in widths or (width % SIDE_BY_SIDE == 0 and width // SIDE_BY_SIDE in widths)
 
 
 def _width_of_pooled(model) -> int | None:
