@@ -18,7 +18,8 @@ load_pack()
 # Files of few tests that take long. Two processes share the work best if these come first; by
 # itself the runner begins with the files that have most tests.
 LONGEST = ("test_inprocess", "test_graph", "test_sdxl", "test_quality", "test_crashes")
-LONGEST += ("test_results", "test_apply", "test_unnamed", "test_join", "test_quality_icons")
+LONGEST += ("test_results", "test_apply", "test_families", "test_generic", "test_quantised")
+LONGEST += ("test_join", "test_quality_icons", "test_templates", "test_suggest", "test_memory")
 
 
 def pytest_collection_modifyitems(items: list) -> None:

@@ -65,6 +65,10 @@ def test_the_benchmarks_methods_need_no_host_either(installed, tmp_path):
     subprocess.run([str(installed), "-c", script], cwd=tmp_path, check=True)
 
 
+@pytest.mark.skipif(
+    not (ALL or os.environ.get("LONG_TESTS") == "1"),
+    reason="LONG_TESTS=1 or WHEEL_TESTS=1",
+)
 def test_the_cores_tests_pass_on_it(installed, tmp_path):
     folder = tmp_path / "tests" / "core"
     shutil.copytree(CORE, folder, ignore=shutil.ignore_patterns("__pycache__"))

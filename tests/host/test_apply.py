@@ -38,6 +38,7 @@ from benchmarks.application import DTYPES, PROMPTS, SIGMAS, predict
 from nodes import NODE_CLASS_MAPPINGS
 from tools import graphs
 
+from ..long import long
 from .encoder import RememberingClip
 
 UNMOVED = ("null", "negative", "kept exact")
@@ -244,6 +245,7 @@ def test_an_unknown_mode_and_hosts_that_cannot_are_said(loaded, erasure, monkeyp
         apply_erasure(loaded[0], erasure, 1.0, "exact")
 
 
+@long
 def test_compiled_models_see_the_erasure_and_models_without_it_do_not(
     loaded, erasure, tokens, monkeypatch
 ):

@@ -42,7 +42,7 @@ PRESET = {"steps": None, "trajectories": None, "sampling_steps": None}
 PRESET |= {"captions": 64, "resolution": 32}
 
 
-@pytest.mark.parametrize("count", [0, 1, 4, 8])
+@pytest.mark.parametrize("count", [0, pytest.param(1, marks=long), pytest.param(4, marks=long), 8])
 def test_exact_prompts_do_not_move_and_the_rest_is_reported(loaded, store, count):
     model, clip = loaded
     negative = "blurry, watermark"

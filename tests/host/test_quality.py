@@ -21,6 +21,8 @@ from benchmarks.erasure.run import leave_out_empty_layers
 from benchmarks.unnamed.emoji_world import has_bfloat16
 from tools.environment import BUILD
 
+from ..long import long
+
 STEPS, MOST = 8, 14
 OBJECT = Case("cat => dog", "object"), {"preset": "instant"}
 REMOVAL = Case("pizza", "object"), {"preset": "instant"}
@@ -61,7 +63,12 @@ def right(asked: Sequence[tuple[int, Question]], names, styles) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "case, values", [OBJECT, REMOVAL, STYLE], ids=("object", "removal", "style")
+    "case, values",
+    [
+        pytest.param(*OBJECT, id="object"),
+        pytest.param(*REMOVAL, id="removal"),
+        pytest.param(*STYLE, id="style", marks=long),
+    ],
 )
 def test_the_concept_goes_and_the_rest_stays(painter, monkeypatch, case, values) -> None:
     settings = preset_settings(
