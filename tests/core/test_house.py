@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-CORE = Path(__file__).parents[2] / "erase_core"
+from tools.environment import ROOT
+
+CORE = ROOT / "erase_core"
 # From the ground up. A room may import those below it; "files" is taken for the ground of all.
 ROOMS = ["version", "files", "settings", "model", "method", "artefact", "run"]
 LONGEST = 50  # lines of a function, its docstring included
