@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,7 +24,16 @@ MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask")
 POOLED = ("pooled_projections", "text_embeds")
 PROBE = "one small probe"  # longer than the empty prompt, so that what pads it is masked
 SMALL = 64  # side in pixels of the picture that is never drawn while prompts are encoded
+_ESCAPED = re.compile(r"\\([()])")
 FEW = 4  # steps of the sampling that shows how a pipeline tells its network the time
+
+
+def as_read(prompt: str) -> str:
+    """A prompt for a pipeline, which knows no emphasis: its brackets without the backslash.
+
+    The engine writes brackets as hosts with emphasis read them, for example those of a tag.
+    """
+    return _ESCAPED.sub(r"\1", prompt)
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class Reader:
                 )
 
     def _text(self, prompt: str) -> str:
-        return self.around[0] + prompt + self.around[1]
+        return self.around[0] + as_read(prompt) + self.around[1]
 
 
 class _StandIn:
@@ -178,7 +188,7 @@ def _keywords(pipe: Any, network: Any, prompts: Sequence[str], size: int, steps:
     """What a pipeline is called with: one prediction for each prompt, and nothing random."""
     known = inspect.signature(pipe.__call__).parameters
     wanted = {
-        "prompt": list(prompts),
+        "prompt": [as_read(prompt) for prompt in prompts],
         "height": size,
         "width": size,
         "num_inference_steps": steps,

@@ -158,6 +158,15 @@ def test_captions_are_encoded_together_and_come_out_alike(sd1):
     assert list(map(len, denoiser.token_ids(prompts))) == [77] * 3
 
 
+def test_escaped_brackets_are_read_as_brackets(sd1):
+    """As the other faces read them: pipelines know no emphasis, and no backslash before it."""
+    denoiser = PipelineDenoiser(sd1, 64)
+    escaped, plain = r"1girl, asuka \(evangelion\)", "1girl, asuka (evangelion)"
+    (one, same, other) = denoiser.encode([escaped, plain, "1girl, asuka evangelion"])
+    assert one.tokens.equal(same.tokens) and not one.tokens.equal(other.tokens)
+    assert denoiser.token_ids([escaped]) == denoiser.token_ids([plain])
+
+
 def test_blocks_are_checkpointed(sd1):
     denoiser, ran = PipelineDenoiser(sd1, 64), []
     shape = denoiser.latent_shape(64)
