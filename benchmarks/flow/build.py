@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.emoji.build import SMALLEST, quantise
 from benchmarks.emoji.loop import load
 from benchmarks.flow.network import Network
 from benchmarks.flow.text import table
 from benchmarks.flow.words import FOLDER
-from benchmarks.icons.build import BITS, unpack
+from benchmarks.icons.build import made_small, unpack
 
 WEIGHTS = Path(__file__).parent / "weights" / "flow.safetensors"
 AVERAGE = FOLDER / "average.pt"
@@ -35,14 +34,8 @@ def pack(path: Path = WEIGHTS) -> Path:
     state = load(AVERAGE)
     if state is None:
         raise FileNotFoundError(f"no snapshot in {AVERAGE}: train first")
-    small: dict[str, torch.Tensor] = {}
-    for name, value in state["network"].items():
-        if name.startswith(_EXACT):
-            small[name] = value.int() if name == "text.rows" else value.float()
-        elif value.dim() > 1 and value.numel() >= SMALLEST:
-            small |= quantise(name, value.cpu(), BITS)
-        else:
-            small[name] = value.half()
+    small = made_small(state["network"], _EXACT)
+    small["text.rows"] = state["network"]["text.rows"].int()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
     save_file({name: value.cpu().contiguous() for name, value in small.items()}, partial)

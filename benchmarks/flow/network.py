@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.flow.text import PADDED, WIDTH, TextEncoder
-from benchmarks.icons.latents import CHANNELS, SIDE, Patches
+from benchmarks.icons.latents import CHANNELS, Patches
 from tools.pack import use_host
 
 # Z-Image's configuration but for the sizes and for the modulation, which is Lumina 2's: Z-Image's
@@ -130,8 +130,3 @@ def sample(
         with_text, without = network.velocity(x.repeat(2, 1, 1, 1), at, both).chunk(2)
         x = x + (without + guidance * (with_text - without)) * (after - now)
     return x
-
-
-def draw_noise(count: int, seed: int) -> torch.Tensor:
-    """(count, 16, 16, 16)."""
-    return torch.randn(count, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))

@@ -30,14 +30,7 @@ def pack(path: Path = WEIGHTS) -> Path:
     state = load(AVERAGE)
     if state is None:
         raise FileNotFoundError(f"no snapshot in {AVERAGE}: train first")
-    small: dict[str, torch.Tensor] = {}
-    for name, value in state["network"].items():
-        if name.startswith(_EXACT):
-            small[name] = value.float()
-        elif value.dim() > 1 and value.numel() >= SMALLEST:
-            small |= quantise(name, value.cpu(), BITS)
-        else:
-            small[name] = value.half()
+    small = made_small(state["network"], (_EXACT,))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
     save_file({name: value.cpu().contiguous() for name, value in small.items()}, partial)
@@ -45,6 +38,25 @@ def pack(path: Path = WEIGHTS) -> Path:
     if JUDGE.exists():
         shutil.copyfile(JUDGE, path.with_name(COMMITTED_JUDGE.name))
     return path
+
+
+def made_small(
+    tensors: Mapping[str, torch.Tensor], exact: tuple[str, ...]
+) -> dict[str, torch.Tensor]:
+    """Weights in whole numbers or half precision, to be read again by :func:`unpack`.
+
+    Args:
+        exact: how the names of those begin that stay as they are.
+    """
+    small: dict[str, torch.Tensor] = {}
+    for name, value in tensors.items():
+        if name.startswith(exact):
+            small[name] = value.float()
+        elif value.dim() > 1 and value.numel() >= SMALLEST:
+            small |= quantise(name, value.cpu(), BITS)
+        else:
+            small[name] = value.half()
+    return small
 
 
 def unpack(small: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from benchmarks.emoji.words import NOTHING
 from benchmarks.icons.build import packed_network
 from benchmarks.icons.classifier import classify, load_judge
 from benchmarks.icons.data import FOLDER, sheet
-from benchmarks.icons.network import GUIDANCE, STEPS, Network, draw_noise, sample, tokenize
+from benchmarks.icons.network import GUIDANCE, STEPS, Network, sample, tokenize
 from benchmarks.icons.train import trained_network
 from benchmarks.icons.words import (
     EMPTY_WORDS,
@@ -35,6 +35,7 @@ from benchmarks.icons.words import (
     fill,
     without_object,
 )
+from benchmarks.velocity import draw_noise
 
 BATCH = 64
 Question = tuple[str, str, str | None]  # text, thing, style or None

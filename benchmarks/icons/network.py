@@ -117,8 +117,3 @@ def sample(
         with_text, without = network.velocity(given, at, both).float().chunk(2)
         x = x + (without + guidance * (with_text - without)) * (after - now)
     return x
-
-
-def draw_noise(count: int, seed: int) -> torch.Tensor:
-    """(count, 16, 16, 16)."""
-    return torch.randn(count, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
